@@ -1,0 +1,32 @@
+# `make demo` and `make test` need nothing but python3 (3.10 to 3.13) and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEMO := runs/demo
+
+.PHONY: install demo test lint
+
+install: $(VENV)/installed
+
+# torch comes first and alone: it settles CPU or CUDA, and DeepSpeed builds against it
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("PYTHON: expected 3.10 to 3.13, got %d.%d" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch setuptools wheel packaging ninja numpy
+	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	touch $@
+
+# two trainings on the embedded pairs, SFT on the winners as the control, then the comparison
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/deepspeed dde_fast/train.py --deepspeed_config ds.json --objective sft --output $(DEMO)/sft
+	$(BIN)/deepspeed dde_fast/train.py --deepspeed_config ds.json --objective dde --output $(DEMO)/dde
+	$(BIN)/python -m dde_fast.evaluate --base embedded --aligned sft=$(DEMO)/sft/unet dde=$(DEMO)/dde/unet --output $(DEMO)/evaluation
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest

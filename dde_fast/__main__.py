@@ -1,0 +1,39 @@
+"""`python -m dde_fast`: versions, what is there, and which backend is used here and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+import dde_fast
+from dde_fast import ops
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xformers", "peft")
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    print(f"dde-fast {dde_fast.__version__}, Python {platform.python_version()}")
+    for package in PACKAGES:
+        print(f"  {package:<13}{version(package)}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    for name in devices:
+        device = torch.device(name)
+        what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        print(f"{name} ({what}): backend {ops.resolve_backend('auto', device)}")
+        for backend in ops.BACKENDS:
+            print(f"  {backend:<13}{ops.why_not(backend, device) or 'available'}")
+
+
+if __name__ == "__main__":
+    main()

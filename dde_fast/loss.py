@@ -1,0 +1,299 @@
+"""`PreferenceLoss`: the drop-in loss of every offline objective.
+
+With model output o, regression target y (ε, v, x_0 or ε - x_0) and e = ‖y - o‖²/N,
+
+    d = e_policy - e_reference                                   [2B] -> d_w, d_l
+    logit = -beta · ω_t · (d_w - d_l) + beta · m_t               [B]
+    loss = mean over pairs of link(logit)
+
+with ω_t and m_t from the objective's row in `dde_fast.objectives`. The means are over a latent's
+elements inside and over pairs outside; the batch mean never goes inside the link. Conventions of
+beta differ between codes: `diffusion-dpo` here is Salesforce's published one (½ in front, mean
+over the latent), so its beta 5000 is beta 5000 here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dde_fast import ops, ratios, schedule
+from dde_fast.objectives import get_objective, timestep_probabilities
+
+LINKS = ("sigmoid", "ipo", "hinge")
+
+
+@dataclass
+class PreferenceOutput:
+    """What a step of `PreferenceLoss` gives back."""
+
+    loss: Tensor
+    """[], differentiable."""
+    logits: Tensor
+    """[B], differentiable. For `sft`, minus the winner's error."""
+    policy_error: Tensor
+    """[2B], ‖y - o‖²/N unweighted; differentiable."""
+    reference_error: Tensor | None
+    """[2B], or None for an objective without a reference."""
+    margin: Tensor
+    """[B], m_t."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Detached 0-dim tensors on the device; reading one is what synchronises.
+
+        `implicit_accuracy` is the share of pairs with logit > 0, a tie counting ½. Without a
+        reference only the policy's errors are there.
+        """
+        win, lose = self.policy_error.detach().chunk(2)
+        metrics = {"policy_win_error": win.mean(), "policy_lose_error": lose.mean()}
+        if self.reference_error is None:
+            return metrics
+        logits = self.logits.detach()
+        win, lose = self.reference_error.chunk(2)
+        return {
+            "implicit_accuracy": (0.5 + 0.5 * logits.sign()).mean(),
+            "logit": logits.mean(),
+            "margin": self.margin.mean(),
+            **metrics,
+            "reference_win_error": win.mean(),
+            "reference_lose_error": lose.mean(),
+        }
+
+
+class PreferenceLoss(nn.Module):
+    """Preference loss over pairs of predictions: DDE, Diffusion-DPO, Discounted, SFT.
+
+    Args:
+        objective: a row of `dde_fast.objectives.OBJECTIVES`.
+        alphas_cumprod: [T], ᾱ of the noise schedule, least noise first.
+        prediction_type: `epsilon`, `v_prediction`, `sample` or `flow`.
+        beta: DPO temperature (the paper: 5000, Sec. 8.1).
+        link: `sigmoid`, `ipo` or `hinge`; `sft` has none.
+        label_smoothing: 0 ≤ s < ½, with `sigmoid` only.
+        ratio_decay: share of the old value that an update of the importance ratios keeps. The
+            paper gives one constant, μ = 0.1, read as the update rate: decay 0.9.
+        backend: `reference`, `triton` or `auto`.
+
+    Buffers: `ratios` [4, T] (in `state_dict()`) and tables derived from the schedule. They follow
+    `.to(device)`, never a change of dtype: a table rounded to 16 bits is a different loss.
+
+    In training mode each forward updates the ratio table by itself, after its logits are taken.
+    With gradient accumulation set `auto_update = False` and call `update_ratios()` once per
+    optimizer step, after the last micro-batch.
+
+    Raises:
+        ValueError: an argument out of range; the message names it.
+    """
+
+    auto_update = True
+
+    def __init__(
+        self,
+        objective: str = "dde",
+        *,
+        alphas_cumprod: Tensor,  # [T]
+        prediction_type: str = "epsilon",
+        beta: float = 5000.0,
+        link: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        ratio_decay: float = 0.9,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.objective = get_objective(objective)
+        table = schedule.check_alphas_cumprod(alphas_cumprod, prediction_type)
+        if not 0 < beta < float("inf"):
+            raise ValueError(f"beta: expected a finite number above 0, got {beta}")
+        if link not in LINKS:
+            raise ValueError(f"link: expected one of {list(LINKS)}, got {link!r}")
+        if link != "sigmoid" and not self.objective.needs_reference:
+            raise ValueError(f"link: objective {objective!r} has none, got {link!r}")
+        if not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing: expected 0 <= s < 0.5, got {label_smoothing}")
+        if label_smoothing and link != "sigmoid":
+            raise ValueError(
+                f"label_smoothing: expected 0 with link {link!r}, got {label_smoothing}"
+            )
+        if not 0 <= ratio_decay < 1:
+            raise ValueError(f"ratio_decay: expected 0 <= decay < 1, got {ratio_decay}")
+        if backend not in ("auto", *ops.BACKENDS):
+            raise ValueError(f"backend: expected one of {['auto', *ops.BACKENDS]}, got {backend!r}")
+        self.prediction_type, self.ratio_decay, self.backend = prediction_type, ratio_decay, backend
+        preference = self.objective.needs_reference
+        self.beta = float(beta) if preference else 1.0
+        self.link = link if preference else "linear"
+        self.label_smoothing = float(label_smoothing)
+
+        steps = len(table)
+        k = schedule.reconstruction_scale(table, prediction_type)
+        observation = schedule.observation_scale(table, prediction_type)
+        self.register_buffer("ratios", torch.zeros(4, steps))
+        for name, value in {
+            "weights": self.objective.weight(k).float(),  # ω_t
+            "observation_scale": observation.float(),  # ½ g_t² k_t²
+            "margins": torch.zeros(steps),  # m_t, derived from ratios
+            "ratio_sums": torch.zeros(5, steps, dtype=torch.float64),  # since the last update
+        }.items():
+            self.register_buffer(name, value, persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module._derive_margins())
+
+    @classmethod
+    def from_scheduler(cls, scheduler, objective: str = "dde", **kwargs) -> PreferenceLoss:
+        """The loss for a diffusers scheduler: one with `alphas_cumprod`, or a flow-matching one.
+
+        Its prediction type is the scheduler's unless `prediction_type` is given; `**kwargs` are the
+        constructor's.
+        """
+        alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
+        if "prediction_type" not in kwargs:
+            kwargs["prediction_type"] = schedule.prediction_type_of(scheduler)
+        return cls(objective, alphas_cumprod=alphas_cumprod, **kwargs)
+
+    def forward(
+        self,
+        policy: Tensor,  # [2B, C, H, W]
+        reference: Tensor | None,  # [2B, C, H, W], or its errors float32 [2B]
+        target: Tensor,  # [2B, C, H, W], or [B, C, H, W]
+        timesteps: Tensor,  # [B], or [2B] with equal halves
+    ) -> PreferenceOutput:
+        """Loss of B pairs, winners first, losers second.
+
+        Args:
+            policy: the trained model's predictions [2B, …]; the only differentiable input.
+            reference: the frozen model's predictions [2B, …], or its errors e, float32 [2B] (from
+                a cache). `sft` ignores it: None will do.
+            target: what the models should predict, [2B, …], or [B, …] shared by the pair.
+            timesteps: integers in [0, T), [B], or [2B] with equal halves.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not fit; a gradient wanted of reference
+                or target; on the CPU, timesteps out of range or different in the two halves (on a
+                GPU, where looking would stop the host, the loss is then NaN).
+        """
+        if not self.objective.needs_reference:
+            reference = None
+        elif reference is None:
+            raise ValueError(f"reference: objective {self.objective.name!r} needs it, got None")
+        _check_inputs(policy, reference, target, timesteps, self.weights)
+        loss, logits, policy_error, reference_error, margin = ops.preference_loss(
+            policy,
+            reference,
+            target,
+            timesteps.long(),
+            self.weights,
+            self.margins,
+            self.beta,
+            self.objective.lose_weight,
+            self.link,
+            self.label_smoothing,
+            ops.resolve_backend(self.backend, policy.device),
+        )
+        if reference is None:
+            reference_error = None
+        if self.training and self.objective.correction:
+            ratios.observe(
+                self.ratio_sums, policy_error, reference_error, timesteps, self.observation_scale
+            )
+            if self.auto_update:
+                self.update_ratios()
+        return PreferenceOutput(loss, logits, policy_error, reference_error, margin)
+
+    @torch.no_grad()
+    def update_ratios(self, group=None) -> None:
+        """Fold the observations since the last update into `ratios`, once for all ranks.
+
+        One small all-reduce over `group` (default: all) where torch.distributed is initialised,
+        so every rank of it must call. Nothing is read back to the host.
+        """
+        if not self.objective.correction:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.ratio_sums, group=group)
+        ratios.update(self.ratios, self.ratio_sums, self.ratio_decay)
+        self._derive_margins()
+
+    def timestep_probabilities(self, low: int = 0, high: int | None = None) -> Tensor:
+        """The objective's distribution of t restricted to low ≤ t < high, float64 [T], sum 1."""
+        return timestep_probabilities(self.objective, len(self.weights), low, high)
+
+    def extra_repr(self) -> str:
+        return (
+            f"objective={self.objective.name!r}, prediction_type={self.prediction_type!r}, "
+            f"beta={self.beta}, link={self.link!r}, backend={self.backend!r}"
+        )
+
+    @torch.no_grad()
+    def _derive_margins(self, *_) -> None:
+        if self.objective.correction:
+            self.margins.copy_(ratios.margins(self.ratios))
+
+    def _apply(self, fn, recurse=True):
+        """Move buffers, never cast them: `.half()` or `.to(dtype)` is meant for models."""
+        before = {name: buffer for name, buffer in self._buffers.items()}
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer.dtype != before[name].dtype:
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
+
+def _check_inputs(
+    policy: Tensor,
+    reference: Tensor | None,
+    target: Tensor,
+    timesteps: Tensor,
+    weights: Tensor,
+) -> None:
+    """Refuse what cannot be meant; looks at no tensor's values."""
+    shape, rows = tuple(policy.shape), policy.shape[0] if policy.dim() else 0
+    if policy.dim() < 2 or rows % 2 or policy.numel() == 0:
+        raise ValueError(
+            "policy: expected an even, non-empty batch [2B, ...], winners first, "
+            f"got {list(policy.shape)}"
+        )
+    named = {"policy": policy, "target": target}
+    if reference is not None:
+        named["reference"] = reference
+    for name, tensor in named.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    for name, tensor in {**named, "timesteps": timesteps, "this loss": weights}.items():
+        if tensor.device != policy.device:
+            raise ValueError(
+                f"{name}: expected on {policy.device}, where policy is, got {tensor.device}"
+            )
+    for name in ("reference", "target"):
+        if name in named and named[name].requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor without gradient (the gradient reaches policy only), "
+                "got one that requires it; detach it or compute it under torch.no_grad()"
+            )
+    if policy.dim() > 2 and shape[1] == 2 * target.shape[1] and shape[2:] == target.shape[2:]:
+        raise ValueError(
+            f"policy: expected {target.shape[1]} channels like target, got {shape[1]}: a learned "
+            "variance; pass policy[:, :C] and reference[:, :C]"
+        )
+    if tuple(target.shape) not in (shape, (rows // 2, *shape[1:])):
+        raise ValueError(
+            f"target: expected {list(shape)} or {[rows // 2, *shape[1:]]}, got {list(target.shape)}"
+        )
+    if reference is not None:
+        cached = reference.dim() == 1
+        if tuple(reference.shape) not in (shape, (rows,)):
+            raise ValueError(
+                f"reference: expected {list(shape)}, or errors [{rows}], "
+                f"got {list(reference.shape)}"
+            )
+        if cached and reference.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"reference: expected its errors in float32, got {reference.dtype}: 16 bits make "
+                "logits out of rounding"
+            )
+    if timesteps.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"timesteps: expected int64, got {timesteps.dtype}")
+    if tuple(timesteps.shape) not in ((rows // 2,), (rows,)):
+        raise ValueError(
+            f"timesteps: expected [{rows // 2}] or [{rows}], got {list(timesteps.shape)}"
+        )

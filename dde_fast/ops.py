@@ -1,0 +1,180 @@
+"""The public torch ops: schema, fake kernels, gradient, and the choice of backend.
+
+`torch.ops.dde_fast.preference_loss` and `…_backward` are `torch.library` ops: they pass opcheck,
+run under `torch.compile(fullgraph=True)` and on the meta device. A backend is a module with
+functions of the ops' names; `BACKENDS` is the table of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from dde_fast.reference import accumulation_dtype
+
+BACKENDS = {"reference": "dde_fast.reference", "triton": "dde_fast.triton_kernels"}
+"""backend -> module with its `preference_loss` and `preference_loss_backward`."""
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve tensors of a device; None if it can."""
+    if backend != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type not in ("cuda", "xpu", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"triton has no kernels for {device.type} tensors (TRITON_INTERPRET=1 simulates)"
+    return None
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """The backend that serves `device`: `auto` takes triton on a GPU and the reference elsewhere.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot serve the device, with the reason.
+    """
+    if backend == "auto":
+        on_gpu = device.type in ("cuda", "xpu")
+        return "triton" if on_gpu and why_not("triton", device) is None else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
+    reason = why_not(backend, device)
+    if reason:
+        raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
+    return backend
+
+
+def _module(backend: str):
+    return importlib.import_module(BACKENDS[backend])
+
+
+def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
+    """Refuse bad timesteps on the CPU. On a GPU looking would stop the host: there a bad pair's
+    logit, and with it the loss, is NaN."""
+    if timesteps.device.type != "cpu":
+        return
+    low, high = (int(x) for x in timesteps.aminmax())
+    if low < 0 or high >= num_timesteps:
+        raise ValueError(
+            f"timesteps: expected values in [0, {num_timesteps}), got {low if low < 0 else high}"
+        )
+    if not torch.equal(timesteps[:pairs], timesteps[-pairs:]):
+        raise ValueError("timesteps: expected equal halves (a pair shares its timestep)")
+
+
+@torch.library.custom_op("dde_fast::preference_loss", mutates_args=())
+def preference_loss(
+    policy: Tensor,  # [2B, C, H, W]
+    reference: Tensor | None,  # [2B, C, H, W], or its errors float32 [2B], or None
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    weights: Tensor,  # float32 [T], ω_t
+    margins: Tensor,  # float32 [T], m_t
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss [], logits [B], policy_error [2B], reference_error [2B] ([0] without one), margin [B].
+
+    The formula is `dde_fast.reference.preference_loss`'s. Differentiable in `policy` alone.
+    """
+    _check_timesteps(timesteps, policy.shape[0] // 2, len(weights))
+    loss, logits, policy_error, reference_error, margin = _module(backend).preference_loss(
+        policy,
+        reference,
+        target,
+        timesteps,
+        weights,
+        margins,
+        beta,
+        lose_weight,
+        link,
+        label_smoothing,
+    )
+    if reference_error is None:
+        reference_error = policy_error.new_empty(0)
+    elif reference_error is reference:
+        reference_error = reference.clone()  # an op's result may not alias its input
+    return loss, logits, policy_error, reference_error, margin
+
+
+@preference_loss.register_fake
+def _(policy, reference, target, timesteps, weights, margins, *_):
+    rows = policy.shape[0]
+    cached = reference is not None and reference.dim() == 1
+    dtype = accumulation_dtype(policy, None if cached else reference, target)
+    shapes = ((), (rows // 2,), (rows,), (0 if reference is None else rows,), (rows // 2,))
+    return tuple(policy.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.custom_op("dde_fast::preference_loss_backward", mutates_args=())
+def preference_loss_backward(
+    grad_loss: Tensor | None,  # []
+    grad_logits: Tensor | None,  # [B]
+    grad_policy_error: Tensor | None,  # [2B]
+    policy: Tensor,  # [2B, C, H, W]
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    logits: Tensor,  # [B]
+    weights: Tensor,  # float32 [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    """Gradient of the policy's prediction, in its shape and dtype."""
+    return _module(backend).preference_loss_backward(
+        grad_loss,
+        grad_logits,
+        grad_policy_error,
+        policy,
+        target,
+        timesteps,
+        logits,
+        weights,
+        beta,
+        lose_weight,
+        link,
+        label_smoothing,
+    )
+
+
+@preference_loss_backward.register_fake
+def _(grad_loss, grad_logits, grad_policy_error, policy, *_):
+    return torch.empty_like(policy)
+
+
+def _setup_context(ctx, inputs, output):
+    policy, _, target, timesteps, weights, _, *constants = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3], output[4])
+    ctx.save_for_backward(policy, target, timesteps, output[1], weights)
+    ctx.constants = constants
+
+
+def _backward(ctx, grad_loss, grad_logits, grad_policy_error, _grad_reference, _grad_margin):
+    policy, target, timesteps, logits, weights = ctx.saved_tensors
+    if grad_loss is None and grad_logits is None and grad_policy_error is None:
+        return (None,) * 11
+    gradient = torch.ops.dde_fast.preference_loss_backward(
+        grad_loss,
+        grad_logits,
+        grad_policy_error,
+        policy,
+        target,
+        timesteps,
+        logits,
+        weights,
+        *ctx.constants,
+    )
+    return gradient, *(None,) * 10
+
+
+preference_loss.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,162 @@
+"""Every op in plain eager PyTorch, written from the papers; with float64 inputs it is the truth.
+
+All functions take pairs as one batch, winners first, losers second. A latent's shape is written
+[C, H, W] but may be anything; N is its number of elements. Errors are means over a latent, losses
+means over pairs. Arithmetic is float32 (float64 for float64 inputs) whatever the inputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Link:
+    """A function of the logit z and its derivative; s is the label smoothing, beta the temperature."""
+
+    loss: Callable[[Tensor, float, float], Tensor]
+    """(z, beta, s) -> loss of each pair."""
+    slope: Callable[[Tensor, float, float], Tensor]
+    """(z, beta, s) -> d loss / d z."""
+
+
+LINKS: dict[str, Link] = {
+    # -(1-s)·logσ(z) - s·logσ(-z): Rafailov et al. 2023, Eq. 7, with conservative label smoothing
+    "sigmoid": Link(
+        lambda z, beta, s: -(1 - s) * F.logsigmoid(z) - s * F.logsigmoid(-z),
+        lambda z, beta, s: s * torch.sigmoid(z) - (1 - s) * torch.sigmoid(-z),
+    ),
+    # (z/beta - 1/(2·beta))²: Azar et al. 2023, Eq. 17
+    "ipo": Link(
+        lambda z, beta, s: (z / beta - 0.5 / beta) ** 2,
+        lambda z, beta, s: 2 * (z / beta - 0.5 / beta) / beta,
+    ),
+    # max(0, 1 - z): Zhao et al. 2023 (SLiC); 0·z keeps a NaN visible
+    "hinge": Link(
+        lambda z, beta, s: (1 - z).clamp(min=0),
+        lambda z, beta, s: torch.where(z >= 1, 0.0, -1.0) + 0 * z,
+    ),
+    # -z: for objectives without a preference (sft), where -z is already the loss
+    "linear": Link(lambda z, beta, s: -z, lambda z, beta, s: 0 * z - 1),
+}
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is, else float32: 16-bit inputs are widened before any arithmetic."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def pair_errors(
+    policy: Tensor,  # [2B, C, H, W]
+    reference: Tensor | None,  # [2B, C, H, W], or its errors [2B], or None
+    target: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """e_policy, e_reference and d = e_policy - e_reference, each [2B].
+
+    e = ‖y - o‖²/N. With the reference's prediction at hand, d is accumulated as a difference,
+    (o_ref - o)·((y - o) + (y - o_ref)): at t near T beta·ω·e is 10⁶ where the logit is O(1), and
+    the difference of two float32 sums would lose it. Without a reference d = e_policy.
+    """
+    cached = reference is not None and reference.dim() == 1 and policy.dim() > 1
+    # a cached error [2B] sets no precision of its own
+    dtype = accumulation_dtype(policy, None if cached else reference, target)
+    pairs = policy.shape[0] // 2
+    o = policy.to(dtype).reshape(2, pairs, -1)
+    y = target.to(dtype).reshape(-1, pairs, o.shape[-1])
+    policy_error = (y - o).square().mean(-1).flatten()
+    if reference is None:
+        return policy_error, None, policy_error
+    if cached:
+        reference_error = reference.to(dtype)
+        return policy_error, reference_error, policy_error - reference_error
+    r = reference.to(dtype).reshape(2, pairs, -1)
+    reference_error = (y - r).square().mean(-1).flatten()
+    difference = ((r - o) * ((y - o) + (y - r))).mean(-1).flatten()
+    return policy_error, reference_error, difference
+
+
+def mean_of_pairs(x: Tensor) -> Tensor:
+    """Mean of [B] about its first element: exact when all are equal, so log 2 stays log 2."""
+    return x[0] + (x - x[0]).mean()
+
+
+def pair_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> tuple[Tensor, Tensor]:
+    """Timesteps [B] of the pairs, made safe to index with, and which of them are valid.
+
+    Valid: within [0, T) and, where [2B] were given, equal in both halves.
+    """
+    winner, loser = timesteps[:pairs], timesteps[-pairs:]
+    valid = (winner >= 0) & (winner < num_timesteps) & (winner == loser)
+    return winner.clamp(0, num_timesteps - 1), valid
+
+
+def preference_loss(
+    policy: Tensor,  # [2B, C, H, W]
+    reference: Tensor | None,  # [2B, C, H, W], or its errors [2B], or None
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # [B] or [2B]
+    weights: Tensor,  # [T]
+    margins: Tensor,  # [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """loss [], logits [B], policy_error [2B], reference_error [2B], margin [B].
+
+    logit = -beta·ω_t·(d_w - a_l·d_l) + beta·m_t and loss = mean of link(logit): Eq. 11 and 18 of
+    arXiv 2411.14871 with ω_t = k_t², Eq. 12 with ω_t = ½. A pair whose timestep is not valid has a
+    NaN logit.
+    """
+    pairs = policy.shape[0] // 2
+    policy_error, reference_error, d = pair_errors(policy, reference, target)
+    t, valid = pair_timesteps(timesteps, pairs, len(weights))
+    weight, margin = weights[t].to(d.dtype), margins[t].to(d.dtype)
+    logits = -beta * weight * (d[:pairs] - lose_weight * d[pairs:]) + beta * margin
+    logits = torch.where(valid, logits, float("nan"))
+    loss = mean_of_pairs(LINKS[link].loss(logits, beta, label_smoothing))
+    return loss, logits, policy_error, reference_error, margin
+
+
+def preference_loss_backward(
+    grad_loss: Tensor | None,  # []
+    grad_logits: Tensor | None,  # [B]
+    grad_policy_error: Tensor | None,  # [2B]
+    policy: Tensor,  # [2B, C, H, W]
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # [B] or [2B]
+    logits: Tensor,  # [B]
+    weights: Tensor,  # [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+) -> Tensor:
+    """Gradient of the policy's prediction, [2B, C, H, W] in its dtype.
+
+    d e / d o = 2 (o - y)/N, times link'(z)/B · -beta·ω_t for the winner and +beta·ω_t·a_l for the
+    loser, plus what arrives at the logits and the policy's errors themselves.
+    """
+    pairs = len(logits)
+    dtype = accumulation_dtype(policy, target, logits)
+    t, _ = pair_timesteps(timesteps, pairs, len(weights))
+    at_logits = torch.zeros_like(logits)
+    if grad_loss is not None:
+        slope = LINKS[link].slope(logits, beta, label_smoothing)
+        at_logits = at_logits + grad_loss.to(logits.dtype) * slope / pairs
+    if grad_logits is not None:
+        at_logits = at_logits + grad_logits
+    at_winner = -beta * weights[t].to(dtype) * at_logits
+    at_error = torch.cat([at_winner, -lose_weight * at_winner])
+    if grad_policy_error is not None:
+        at_error = at_error + grad_policy_error
+    o = policy.to(dtype).reshape(2, pairs, -1)
+    y = target.to(dtype).reshape(-1, pairs, o.shape[-1])
+    gradient = (o - y) * (2 * at_error / o.shape[-1]).reshape(2, pairs, 1)
+    return torch.empty_like(policy).copy_(gradient.reshape(policy.shape))

@@ -1,0 +1,136 @@
+"""The generator: published vectors, independence of batch composition, moments, refusals."""
+
+import math
+
+import pytest
+import torch
+
+from dde_fast import noise
+from dde_fast.noise import add_noise, pair_noise, pair_uniform, philox4x32, sample_timesteps
+
+IDS = torch.tensor([3, 2**33 + 5, 0, 7])
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "expected"),
+    [  # known-answer vectors of Random123 (Salmon et al. 2011), philox4x32 with 10 rounds
+        ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0A4093822,
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_published_vectors(counter, seed, expected):
+    words = philox4x32([torch.tensor([c]) for c in counter], seed)
+    assert " ".join(f"{w.item():08x}" for w in words) == expected
+
+
+def test_noise_is_the_specified_box_muller():
+    """Element by element in Python floats, from the integer stream."""
+    shape, seed, draw = (3, 5), 2**40 + 17, 9
+    made = pair_noise(shape, seed=seed, pair_ids=IDS, draw=draw).reshape(4, -1)
+    for row, pair_id in enumerate(IDS.tolist()):
+        for element in range(15):
+            counter = [element // 4, pair_id & 0xFFFFFFFF, pair_id >> 32, draw]
+            words = [w.item() for w in philox4x32([torch.tensor([c]) for c in counter], seed)]
+            u = [
+                torch.tensor((w >> 8) * 2**-24 + 2**-25, dtype=torch.float32).item() for w in words
+            ]
+            a, b = (0, 1) if element % 4 < 2 else (2, 3)
+            trig = math.cos if element % 2 == 0 else math.sin
+            expected = math.sqrt(-2 * math.log(u[a])) * trig(2 * math.pi * u[b])
+            assert made[row, element].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_pair_sees_the_same_in_any_batch():
+    draws = torch.tensor([0, 1, 2, 1])
+    probabilities = torch.ones(1000)
+    everything = pair_noise((4, 8, 8), seed=0, pair_ids=IDS, draw=draws)
+    times = sample_timesteps(probabilities, seed=0, pair_ids=IDS, draw=draws)
+    for i in range(4):
+        alone = {"seed": 0, "pair_ids": IDS[i : i + 1], "draw": int(draws[i])}
+        assert pair_noise((4, 8, 8), **alone).equal(everything[i : i + 1])
+        assert sample_timesteps(probabilities, **alone).equal(times[i : i + 1])
+    # and something else for another draw, seed, or pair
+    for change in ({"draw": 5}, {"seed": 1}, {"pair_ids": IDS + 1}):
+        other = pair_noise((4, 8, 8), **{"seed": 0, "pair_ids": IDS, "draw": draws, **change})
+        assert (other != everything).float().mean() > 0.99
+
+
+def test_moments_and_independence():
+    x = pair_noise((4, 64, 64), seed=0, pair_ids=torch.arange(64), draw=0).flatten(1).double()
+    n = x.numel()
+    assert abs(x.mean()) < 4 / math.sqrt(n)
+    assert abs(x.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs((x**3).mean()) < 4 * math.sqrt(15 / n)
+    assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / n)
+    off_diagonal = (x @ x.T / x.shape[1])[~torch.eye(64, dtype=torch.bool)]
+    assert off_diagonal.abs().max() < 6 / math.sqrt(x.shape[1])
+    next_draw = pair_noise((4, 64, 64), seed=0, pair_ids=torch.arange(64), draw=1).flatten(1)
+    assert abs((x * next_draw).mean()) < 4 / math.sqrt(n)
+    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(n)
+
+
+def test_timesteps_follow_their_distribution():
+    probabilities = torch.zeros(1000, dtype=torch.float64)
+    probabilities[200], probabilities[700], probabilities[999] = 1, 2, 1
+    ids = torch.arange(40000)
+    t = sample_timesteps(probabilities, seed=1, pair_ids=ids, draw=0)
+    values, counts = t.unique(return_counts=True)
+    assert values.tolist() == [200, 700, 999]
+    expected = torch.tensor([0.25, 0.5, 0.25]) * len(ids)
+    assert ((counts - expected) ** 2 / expected).sum() < 14  # χ², 2 degrees of freedom, p ≈ 1e-3
+    # the timestep says nothing about the decision next to it
+    u = pair_uniform(noise.CAPTION_DROPOUT, seed=1, pair_ids=ids, draw=0)
+    assert 0 < u.min() and u.max() <= 1
+    assert abs(torch.corrcoef(torch.stack([u.double(), t.double()]))[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_add_noise_is_diffusers(dtype):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    latents = torch.randn(8, 4, 8, 8)
+    t = torch.tensor([0, 10, 500, 999])
+    keys = {"seed": 0, "pair_ids": IDS, "draw": 0}
+    noisy, eps = add_noise(latents, t, scheduler.alphas_cumprod, **keys, dtype=dtype)
+    expected_eps = pair_noise((4, 8, 8), **keys)
+    expected = scheduler.add_noise(latents, expected_eps.repeat(2, 1, 1, 1), t.repeat(2))
+    assert noisy.dtype == eps.dtype == (dtype or torch.float32)
+    assert eps.equal(expected_eps.to(eps.dtype))
+    tolerance = 1e-6 if dtype is None else 2e-2
+    torch.testing.assert_close(noisy.float(), expected, rtol=tolerance, atol=tolerance)
+    again, _ = add_noise(latents, t.repeat(2), scheduler.alphas_cumprod, **keys, dtype=dtype)
+    assert again.equal(noisy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "seed: expected"),
+        ({"seed": 2**64}, "seed: expected"),
+        ({"draw": -1}, "draw: expected"),
+        ({"draw": torch.zeros(3).long()}, "draw: expected"),
+        ({"pair_ids": torch.zeros(2)}, "pair_ids: expected an int64"),
+        ({"pair_ids": torch.zeros(5).long()}, "pair_ids: expected"),
+        ({"latents": torch.zeros(3, 1, 2, 2)}, "latents: expected an even batch"),
+        ({"timesteps": torch.zeros(3).long()}, "timesteps: expected"),
+        ({"alphas_cumprod": torch.ones(10, device="meta")}, "alphas_cumprod: expected on"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "latents": torch.zeros(4, 1, 2, 2),
+        "timesteps": torch.zeros(2).long(),
+        "alphas_cumprod": torch.full((10,), 0.5),
+        "seed": 0,
+        "pair_ids": torch.arange(2),
+        "draw": 0,
+    }
+    add_noise(**good)
+    with pytest.raises(ValueError, match=message):
+        add_noise(**{**good, **change})
