@@ -153,17 +153,18 @@ class PreferenceLoss(nn.Module):
 
     def forward(
         self,
-        policy: Tensor,  # [2B, C, H, W]
-        reference: Tensor | None,  # [2B, C, H, W], or its errors float32 [2B]
+        policy: Tensor,  # [2B, C, H, W], or [B, C, H, W]
+        reference: Tensor | None,  # like policy, or its errors float32 [2B]
         target: Tensor,  # [2B, C, H, W], or [B, C, H, W]
         timesteps: Tensor,  # [B], or [2B] with equal halves
     ) -> PreferenceOutput:
         """Loss of B pairs, winners first, losers second.
 
         Args:
-            policy: the trained model's predictions [2B, …]; the only differentiable input.
-            reference: the frozen model's predictions [2B, …], or its errors e, float32 [2B] (from
-                a cache). `sft` ignores it: None will do.
+            policy: the trained model's predictions [2B, …]; the only differentiable input. With
+                a target [2B, …] they may be [B, …], one prediction that both halves judge.
+            reference: the frozen model's predictions, shaped like policy, or its errors e,
+                float32 [2B] (from a cache). `sft` ignores it: None will do.
             target: what the models should predict, [2B, …], or [B, …] shared by the pair.
             timesteps: integers in [0, T), [B], or [2B] with equal halves.
 
@@ -247,12 +248,6 @@ def _check_inputs(
     weights: Tensor,
 ) -> None:
     """Refuse what cannot be meant; looks at no tensor's values."""
-    shape, rows = tuple(policy.shape), policy.shape[0] if policy.dim() else 0
-    if policy.dim() < 2 or rows % 2 or policy.numel() == 0:
-        raise ValueError(
-            "policy: expected an even, non-empty batch [2B, ...], winners first, "
-            f"got {list(policy.shape)}"
-        )
     named = {"policy": policy, "target": target}
     if reference is not None:
         named["reference"] = reference
@@ -270,30 +265,42 @@ def _check_inputs(
                 f"{name}: expected a tensor without gradient (the gradient reaches policy only), "
                 "got one that requires it; detach it or compute it under torch.no_grad()"
             )
-    if policy.dim() > 2 and shape[1] == 2 * target.shape[1] and shape[2:] == target.shape[2:]:
-        raise ValueError(
-            f"policy: expected {target.shape[1]} channels like target, got {shape[1]}: a learned "
-            "variance; pass policy[:, :C] and reference[:, :C]"
-        )
-    if tuple(target.shape) not in (shape, (rows // 2, *shape[1:])):
-        raise ValueError(
-            f"target: expected {list(shape)} or {[rows // 2, *shape[1:]]}, got {list(target.shape)}"
-        )
+    pairs = _check_shapes(tuple(policy.shape), tuple(target.shape))
     if reference is not None:
-        cached = reference.dim() == 1
-        if tuple(reference.shape) not in (shape, (rows,)):
+        if tuple(reference.shape) not in (tuple(policy.shape), (2 * pairs,)):
             raise ValueError(
-                f"reference: expected {list(shape)}, or errors [{rows}], "
+                f"reference: expected {list(policy.shape)}, or errors [{2 * pairs}], "
                 f"got {list(reference.shape)}"
             )
-        if cached and reference.dtype not in (torch.float32, torch.float64):
+        if reference.dim() == 1 and reference.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"reference: expected its errors in float32, got {reference.dtype}: 16 bits make "
                 "logits out of rounding"
             )
     if timesteps.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"timesteps: expected int64, got {timesteps.dtype}")
-    if tuple(timesteps.shape) not in ((rows // 2,), (rows,)):
+    if tuple(timesteps.shape) not in ((pairs,), (2 * pairs,)):
         raise ValueError(
-            f"timesteps: expected [{rows // 2}] or [{rows}], got {list(timesteps.shape)}"
+            f"timesteps: expected [{pairs}] or [{2 * pairs}], got {list(timesteps.shape)}"
         )
+
+
+def _check_shapes(policy: tuple[int, ...], target: tuple[int, ...]) -> int:
+    """The number of pairs of predictions and target of these shapes."""
+    shared = bool(policy) and target == (2 * policy[0], *policy[1:])
+    if len(policy) < 2 or 0 in policy or (policy[0] % 2 and not shared):
+        raise ValueError(
+            "policy: expected an even, non-empty batch [2B, ...], winners first, "
+            f"got {list(policy)}"
+        )
+    pairs = policy[0] if shared else policy[0] // 2
+    if len(policy) > 2 and target[1:] == (policy[1] // 2, *policy[2:]) and policy[1] % 2 == 0:
+        raise ValueError(
+            f"policy: expected {target[1]} channels like target, got {policy[1]}: a learned "
+            "variance; pass policy[:, :C] and reference[:, :C]"
+        )
+    if not shared and target not in (policy, (pairs, *policy[1:])):
+        raise ValueError(
+            f"target: expected {list(policy)} or {[pairs, *policy[1:]]}, got {list(target)}"
+        )
+    return pairs

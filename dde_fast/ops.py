@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from dde_fast.reference import accumulation_dtype
+from dde_fast.reference import accumulation_dtype, number_of_pairs
 
 BACKENDS = {"reference": "dde_fast.reference", "triton": "dde_fast.triton_kernels"}
 """backend -> module with its `preference_loss` and `preference_loss_backward`."""
@@ -68,8 +68,8 @@ def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
 
 @torch.library.custom_op("dde_fast::preference_loss", mutates_args=())
 def preference_loss(
-    policy: Tensor,  # [2B, C, H, W]
-    reference: Tensor | None,  # [2B, C, H, W], or its errors float32 [2B], or None
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     timesteps: Tensor,  # int64 [B] or [2B]
     weights: Tensor,  # float32 [T], ω_t
@@ -84,7 +84,7 @@ def preference_loss(
 
     The formula is `dde_fast.reference.preference_loss`'s. Differentiable in `policy` alone.
     """
-    _check_timesteps(timesteps, policy.shape[0] // 2, len(weights))
+    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
     loss, logits, policy_error, reference_error, margin = _module(backend).preference_loss(
         policy,
         reference,
@@ -106,7 +106,7 @@ def preference_loss(
 
 @preference_loss.register_fake
 def _(policy, reference, target, timesteps, weights, margins, *_):
-    rows = policy.shape[0]
+    rows = 2 * number_of_pairs(policy, target)
     cached = reference is not None and reference.dim() == 1
     dtype = accumulation_dtype(policy, None if cached else reference, target)
     shapes = ((), (rows // 2,), (rows,), (0 if reference is None else rows,), (rows // 2,))
@@ -118,7 +118,7 @@ def preference_loss_backward(
     grad_loss: Tensor | None,  # []
     grad_logits: Tensor | None,  # [B]
     grad_policy_error: Tensor | None,  # [2B]
-    policy: Tensor,  # [2B, C, H, W]
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     timesteps: Tensor,  # int64 [B] or [2B]
     logits: Tensor,  # [B]

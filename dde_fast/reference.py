@@ -52,9 +52,30 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def same_layout(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with one order of elements in memory, copied only where they have none.
+
+    A mean does not care which order it is: contiguous and channels_last both pass untouched. For
+    the kernels, which see a latent as N elements in a row.
+    """
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if all(
+            (memory_format == torch.contiguous_format or x.dim() == 4)
+            and x.is_contiguous(memory_format=memory_format)
+            for x in tensors
+        ):
+            return list(tensors)
+    return [x.contiguous() for x in tensors]
+
+
+def number_of_pairs(policy: Tensor, target: Tensor) -> int:
+    """B: one of the two may be shared by the pair and have B rows, the other has 2B."""
+    return max(policy.shape[0], target.shape[0]) // 2
+
+
 def pair_errors(
-    policy: Tensor,  # [2B, C, H, W]
-    reference: Tensor | None,  # [2B, C, H, W], or its errors [2B], or None
+    policy: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
+    reference: Tensor | None,  # like policy, or its errors [2B], or None
     target: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """e_policy, e_reference and d = e_policy - e_reference, each [2B].
@@ -63,19 +84,19 @@ def pair_errors(
     (o_ref - o)·((y - o) + (y - o_ref)): at t near T beta·ω·e is 10⁶ where the logit is O(1), and
     the difference of two float32 sums would lose it. Without a reference d = e_policy.
     """
-    cached = reference is not None and reference.dim() == 1 and policy.dim() > 1
+    cached = reference is not None and reference.dim() == 1
     # a cached error [2B] sets no precision of its own
     dtype = accumulation_dtype(policy, None if cached else reference, target)
-    pairs = policy.shape[0] // 2
-    o = policy.to(dtype).reshape(2, pairs, -1)
-    y = target.to(dtype).reshape(-1, pairs, o.shape[-1])
+    pairs = number_of_pairs(policy, target)
+    o = policy.to(dtype).reshape(-1, pairs, policy[0].numel())
+    y = target.to(dtype).reshape(-1, pairs, policy[0].numel())
     policy_error = (y - o).square().mean(-1).flatten()
     if reference is None:
         return policy_error, None, policy_error
     if cached:
         reference_error = reference.to(dtype)
         return policy_error, reference_error, policy_error - reference_error
-    r = reference.to(dtype).reshape(2, pairs, -1)
+    r = reference.to(dtype).reshape(o.shape)
     reference_error = (y - r).square().mean(-1).flatten()
     difference = ((r - o) * ((y - o) + (y - r))).mean(-1).flatten()
     return policy_error, reference_error, difference
@@ -97,8 +118,8 @@ def pair_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> tuple[T
 
 
 def preference_loss(
-    policy: Tensor,  # [2B, C, H, W]
-    reference: Tensor | None,  # [2B, C, H, W], or its errors [2B], or None
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    reference: Tensor | None,  # like policy, or its errors [2B], or None
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     timesteps: Tensor,  # [B] or [2B]
     weights: Tensor,  # [T]
@@ -114,7 +135,7 @@ def preference_loss(
     arXiv 2411.14871 with ω_t = k_t², Eq. 12 with ω_t = ½. A pair whose timestep is not valid has a
     NaN logit.
     """
-    pairs = policy.shape[0] // 2
+    pairs = number_of_pairs(policy, target)
     policy_error, reference_error, d = pair_errors(policy, reference, target)
     t, valid = pair_timesteps(timesteps, pairs, len(weights))
     weight, margin = weights[t].to(d.dtype), margins[t].to(d.dtype)
@@ -128,7 +149,7 @@ def preference_loss_backward(
     grad_loss: Tensor | None,  # []
     grad_logits: Tensor | None,  # [B]
     grad_policy_error: Tensor | None,  # [2B]
-    policy: Tensor,  # [2B, C, H, W]
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     timesteps: Tensor,  # [B] or [2B]
     logits: Tensor,  # [B]
@@ -138,10 +159,11 @@ def preference_loss_backward(
     link: str,
     label_smoothing: float,
 ) -> Tensor:
-    """Gradient of the policy's prediction, [2B, C, H, W] in its dtype.
+    """Gradient of the policy's prediction, in its shape and dtype.
 
     d e / d o = 2 (o - y)/N, times link'(z)/B · -beta·ω_t for the winner and +beta·ω_t·a_l for the
-    loser, plus what arrives at the logits and the policy's errors themselves.
+    loser, plus what arrives at the logits and the policy's errors themselves. A prediction that
+    the pair shares gets the sum of both.
     """
     pairs = len(logits)
     dtype = accumulation_dtype(policy, target, logits)
@@ -156,7 +178,9 @@ def preference_loss_backward(
     at_error = torch.cat([at_winner, -lose_weight * at_winner])
     if grad_policy_error is not None:
         at_error = at_error + grad_policy_error
-    o = policy.to(dtype).reshape(2, pairs, -1)
-    y = target.to(dtype).reshape(-1, pairs, o.shape[-1])
+    o = policy.to(dtype).reshape(-1, pairs, policy[0].numel())
+    y = target.to(dtype).reshape(-1, pairs, policy[0].numel())
     gradient = (o - y) * (2 * at_error / o.shape[-1]).reshape(2, pairs, 1)
+    if len(o) == 1:
+        gradient = gradient.sum(0)
     return torch.empty_like(policy).copy_(gradient.reshape(policy.shape))

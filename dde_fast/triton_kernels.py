@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dde_fast.reference import accumulation_dtype
+from dde_fast.reference import accumulation_dtype, number_of_pairs, same_layout
 
 BLOCK = 1024
 """Elements a program reads at a time: 8 per thread, two or one 128-bit loads in 16 bits or fp32."""
@@ -65,8 +65,8 @@ def link_slope(z, beta, label_smoothing, LINK: tl.constexpr):
 
 @triton.jit
 def pair_errors_kernel(
-    p_policy,  # [2B, N]
-    p_reference,  # [2B, N], unread unless REFERENCE is 1
+    p_policy,  # [2B, N], or [B, N] if SHARED_POLICY
+    p_reference,  # like policy, unread unless REFERENCE is 1
     p_target,  # [2B, N], or [B, N] if SHARED_TARGET
     p_partial,  # [3, 2B, CHUNKS]: sums of (y-o)², (y-o_ref)² and their difference
     pairs,
@@ -74,14 +74,16 @@ def pair_errors_kernel(
     chunk,
     CHUNKS: tl.constexpr,
     REFERENCE: tl.constexpr,
+    SHARED_POLICY: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_sample, i_chunk = tl.program_id(0), tl.program_id(1)
     DTYPE: tl.constexpr = p_partial.dtype.element_ty
     i_target = i_sample % pairs if SHARED_TARGET else i_sample
-    p_o = p_policy + i_sample.to(tl.int64) * N
-    p_r = p_reference + i_sample.to(tl.int64) * N
+    i_policy = i_sample % pairs if SHARED_POLICY else i_sample
+    p_o = p_policy + i_policy.to(tl.int64) * N
+    p_r = p_reference + i_policy.to(tl.int64) * N
     p_y = p_target + i_target.to(tl.int64) * N
     start = i_chunk * chunk
     b_policy = tl.zeros([BLOCK], DTYPE)
@@ -189,12 +191,12 @@ def preference_loss_backward_kernel(
     p_grad_loss,  # []
     p_grad_logits,  # [B]
     p_grad_policy_error,  # [2B]
-    p_policy,  # [2B, N]
+    p_policy,  # [2B, N], or [B, N] if SHARED_POLICY
     p_target,  # [2B, N], or [B, N] if SHARED_TARGET
     p_timesteps,  # int64 [B] or [2B]
     p_logits,  # [B]
     p_weights,  # [T]
-    p_gradient,  # [2B, N]
+    p_gradient,  # like policy
     pairs,
     N,
     num_timesteps,
@@ -204,13 +206,14 @@ def preference_loss_backward_kernel(
     HAS_LOSS: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
     HAS_ERROR: tl.constexpr,
+    SHARED_POLICY: tl.constexpr,
     SHARED_TARGET: tl.constexpr,
     LINK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_sample, i_block = tl.program_id(0), tl.program_id(1)
+    i_row, i_block = tl.program_id(0), tl.program_id(1)  # a row of the policy
     DTYPE: tl.constexpr = p_logits.dtype.element_ty
-    i_pair = i_sample % pairs
+    i_pair = i_row % pairs
     z = tl.load(p_logits + i_pair)
     t = tl.load(p_timesteps + i_pair)
     t = tl.minimum(tl.maximum(t, 0), num_timesteps - 1)
@@ -220,40 +223,26 @@ def preference_loss_backward_kernel(
         at_logit += tl.load(p_grad_loss).to(DTYPE) * slope / pairs
     if HAS_LOGITS:
         at_logit += tl.load(p_grad_logits + i_pair).to(DTYPE)
-    at_error = -beta * tl.load(p_weights + t).to(DTYPE) * at_logit
-    if i_sample >= pairs:
-        at_error = -lose_weight * at_error
-    if HAS_ERROR:
-        at_error += tl.load(p_grad_policy_error + i_sample).to(DTYPE)
-    factor = (2 * at_error / N).to(DTYPE)
-    i_target = i_pair if SHARED_TARGET else i_sample
+    at_winner = (-beta * tl.load(p_weights + t).to(DTYPE) * at_logit).to(DTYPE)
     o_n = i_block * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
-    b_o = tl.load(p_policy + i_sample.to(tl.int64) * N + o_n, m_n, 0.0).to(DTYPE)
-    b_y = tl.load(p_target + i_target.to(tl.int64) * N + o_n, m_n, 0.0).to(DTYPE)
-    b_gradient = (b_o - b_y) * factor
-    p_out = p_gradient + i_sample.to(tl.int64) * N + o_n
-    tl.store(p_out, b_gradient.to(p_gradient.dtype.element_ty), m_n)
-
-
-def same_layout(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with one order of elements in memory, copied only where they have none.
-
-    A mean does not care which order it is: contiguous and channels_last both pass untouched.
-    """
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        if all(
-            (memory_format == torch.contiguous_format or x.dim() == 4)
-            and x.is_contiguous(memory_format=memory_format)
-            for x in tensors
-        ):
-            return list(tensors)
-    return [x.contiguous() for x in tensors]
+    p_row = i_row.to(tl.int64) * N
+    b_o = tl.load(p_policy + p_row + o_n, m_n, 0.0).to(DTYPE)
+    b_gradient = tl.zeros([BLOCK], DTYPE)
+    for half in tl.static_range(2 if SHARED_POLICY else 1):
+        i_sample = i_row + half * pairs
+        at_error = tl.where(i_sample < pairs, at_winner, -lose_weight * at_winner).to(DTYPE)
+        if HAS_ERROR:
+            at_error += tl.load(p_grad_policy_error + i_sample).to(DTYPE)
+        i_target = i_pair if SHARED_TARGET else i_sample
+        b_y = tl.load(p_target + i_target.to(tl.int64) * N + o_n, m_n, 0.0).to(DTYPE)
+        b_gradient += (b_o - b_y) * (2 * at_error / N).to(DTYPE)
+    tl.store(p_gradient + p_row + o_n, b_gradient.to(p_gradient.dtype.element_ty), m_n)
 
 
 def preference_loss(
-    policy: Tensor,  # [2B, C, H, W]
-    reference: Tensor | None,  # [2B, C, H, W], or its errors [2B], or None
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    reference: Tensor | None,  # like policy, or its errors [2B], or None
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     timesteps: Tensor,  # [B] or [2B]
     weights: Tensor,  # [T]
@@ -273,8 +262,8 @@ def preference_loss(
     else:
         policy, target = same_layout(policy, target)
         dtype = accumulation_dtype(policy, target)
-    rows = policy.shape[0]
-    pairs, n = rows // 2, policy.numel() // rows
+    pairs, n = number_of_pairs(policy, target), policy[0].numel()
+    rows = 2 * pairs
     chunk = triton.cdiv(triton.cdiv(n, MAX_CHUNKS), BLOCK) * BLOCK
     chunks = triton.cdiv(n, chunk)
     new = policy.new_empty
@@ -292,6 +281,7 @@ def preference_loss(
         chunk,
         CHUNKS=chunks,
         REFERENCE=REFERENCE[mode],
+        SHARED_POLICY=policy.shape[0] == pairs,
         SHARED_TARGET=target.shape[0] == pairs,
         BLOCK=BLOCK,
         num_warps=4,
@@ -328,7 +318,7 @@ def preference_loss_backward(
     grad_loss: Tensor | None,  # []
     grad_logits: Tensor | None,  # [B]
     grad_policy_error: Tensor | None,  # [2B]
-    policy: Tensor,  # [2B, C, H, W]
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     timesteps: Tensor,  # [B] or [2B]
     logits: Tensor,  # [B]
@@ -342,10 +332,9 @@ def preference_loss_backward(
     gradient = torch.empty_like(policy)
     # the gradient is written in its own memory order, so the inputs must have that one too
     policy, target, out = same_layout(policy, target, gradient)
-    rows = policy.shape[0]
-    pairs, n = rows // 2, policy.numel() // rows
+    pairs, n = len(logits), policy[0].numel()
     absent = logits
-    preference_loss_backward_kernel[rows, triton.cdiv(n, BLOCK)](
+    preference_loss_backward_kernel[policy.shape[0], triton.cdiv(n, BLOCK)](
         grad_loss if grad_loss is not None else absent,
         grad_logits.contiguous() if grad_logits is not None else absent,
         grad_policy_error.contiguous() if grad_policy_error is not None else absent,
@@ -364,6 +353,7 @@ def preference_loss_backward(
         HAS_LOSS=grad_loss is not None,
         HAS_LOGITS=grad_logits is not None,
         HAS_ERROR=grad_policy_error is not None,
+        SHARED_POLICY=policy.shape[0] == pairs,
         SHARED_TARGET=target.shape[0] == pairs,
         LINK=LINK[link],
         BLOCK=BLOCK,

@@ -20,7 +20,13 @@ def cases(dtype: str):
     yield (
         kernels.pair_errors_kernel,
         {**forward, "p_partial": f"*{accumulate}", "pairs": "i32", "N": "i32", "chunk": "i32"},
-        {"CHUNKS": 16, "REFERENCE": 1, "SHARED_TARGET": True, "BLOCK": kernels.BLOCK},
+        {
+            "CHUNKS": 16,
+            "REFERENCE": 1,
+            "SHARED_POLICY": False,
+            "SHARED_TARGET": True,
+            "BLOCK": kernels.BLOCK,
+        },
     )
     pointers = ("p_loss", "p_logits", "p_policy_error", "p_reference_error", "p_margin")
     scalars = {"beta": "fp32", "lose_weight": "fp32", "label_smoothing": "fp32"}
@@ -63,6 +69,7 @@ def cases(dtype: str):
             "HAS_LOSS": True,
             "HAS_LOGITS": True,
             "HAS_ERROR": True,
+            "SHARED_POLICY": False,
             "SHARED_TARGET": True,
             "LINK": kernels.LINK["sigmoid"],
             "BLOCK": kernels.BLOCK,
@@ -80,7 +87,13 @@ VARIANTS = [
     {"REFERENCE": 0, "SHARED_TARGET": False, "LINK": 1, "CHUNKS": 1, "CHUNKS_2": 1, "BLOCK_B": 1},
     {"REFERENCE": 2, "HALVES": True, "LINK": 2, "CHUNKS": 3, "CHUNKS_2": 4, "BLOCK_B": 2},
     {"LINK": 3, "HAS_LOGITS": False, "HAS_ERROR": False},
-    {"HAS_LOSS": False, "CHUNKS": 64, "CHUNKS_2": 64},
+    {
+        "SHARED_POLICY": True,
+        "SHARED_TARGET": False,
+        "HAS_LOSS": False,
+        "CHUNKS": 64,
+        "CHUNKS_2": 64,
+    },
 ]
 """Other branches of the kernels, compiled in float32."""
 

@@ -23,6 +23,7 @@ def arguments(
     backend="reference",
     mode="prediction",
     shared=True,
+    predictions="each",
     halves=False,
     beta=20.0,
     drift=0.1,
@@ -32,9 +33,12 @@ def arguments(
     y = torch.randn(pairs if shared else 2 * pairs, *shape, generator=generator)
     r = torch.randn(2 * pairs, *shape, generator=generator)
     o = r + drift * torch.randn(r.shape, generator=generator)
+    e = r.flatten(1).square().mean(1)
+    if predictions == "shared":  # one for both halves, each with its target
+        r, o = r[:pairs], o[:pairs]
     if timesteps is None:
         timesteps = torch.linspace(0, 999, pairs).long()
-    ref = {"prediction": r.to(dtype), "errors": r.flatten(1).square().mean(1), "none": None}[mode]
+    ref = {"prediction": r.to(dtype), "errors": e, "none": None}[mode]
     tensors = [o.to(dtype), ref, y.to(dtype)]
     tensors += [timesteps.repeat(2) if halves else timesteps, WEIGHTS, MARGINS]
     tensors = [x if x is None else x.to(DEVICE) for x in tensors]
@@ -66,11 +70,20 @@ def test_opcheck(mode, dtype, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("link", "output"), [("sigmoid", 0), ("ipo", 0), ("hinge", 0), ("linear", 0), ("ipo", 1)]
+    ("link", "output", "predictions"),
+    [
+        ("sigmoid", 0, "each"),
+        ("sigmoid", 0, "shared"),
+        ("ipo", 0, "each"),
+        ("ipo", 1, "shared"),
+        ("hinge", 0, "each"),
+        ("linear", 0, "each"),
+    ],
 )
-def test_gradcheck(link, output, backend):
+def test_gradcheck(link, output, predictions, backend):
     """loss and logits by finite differences in float64."""
-    args = list(arguments(2, (1, 1, 3), torch.float64, link, backend, shared=False, halves=True))
+    kwargs = dict(shared=False, halves=True, predictions=predictions)
+    args = list(arguments(2, (1, 1, 3), torch.float64, link, backend, **kwargs))
     if link == "hinge":
         args[6] = 0.3  # away from the kink
     policy = args[0].requires_grad_()
@@ -79,6 +92,21 @@ def test_gradcheck(link, output, backend):
         return ops.preference_loss(policy, *args[1:])[output]
 
     assert torch.autograd.gradcheck(f, (policy,), eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shared_predictions_are_repeated_ones(backend):
+    """[B] predictions with [2B] targets give what [2B] equal halves give, gradients summed."""
+    args = arguments(3, shared=False, predictions="shared", backend=backend)
+    once = args[0].requires_grad_()
+    out = ops.preference_loss(once, *args[1:])
+    twice = once.detach().repeat(2, 1, 1, 1).requires_grad_()
+    expected = ops.preference_loss(twice, args[1].repeat(2, 1, 1, 1), *args[2:])
+    for a, b in zip(out, expected, strict=True):
+        assert a.equal(b)
+    (gradient,) = torch.autograd.grad(out[0], once)
+    (halves,) = torch.autograd.grad(expected[0], twice)
+    torch.testing.assert_close(gradient, halves.unflatten(0, (2, 3)).sum(0), rtol=1e-5, atol=1e-7)
 
 
 def test_all_outputs_are_differentiable_at_once():
@@ -102,6 +130,8 @@ CASES = [
     dict(pairs=2, shape=(16, 33, 130)),
     dict(pairs=33, shape=(2, 3, 5), mode="none"),
     dict(pairs=4, shape=(4, 16, 16), beta=5000.0, drift=3.0),  # saturated both ways
+    dict(pairs=3, shape=(4, 9, 7), shared=False, predictions="shared"),
+    dict(pairs=3, shape=(4, 8, 8), shared=False, predictions="shared", mode="errors"),
     dict(pairs=2, shape=(4, 8, 8), timesteps=torch.tensor([999, 0])),
 ]
 
@@ -109,8 +139,11 @@ CASES = [
 def term_sizes(args):
     """[B]: beta·ω·(size of what is summed into d_w and d_l), in which a logit's rounding counts."""
     policy, ref, target, timesteps, weights, _, beta = to_double(args)[:7]
-    pairs = len(policy) // 2
-    y = target.repeat(2, 1, 1, 1) if len(target) == pairs else target
+    pairs = max(len(policy), len(target)) // 2
+    y, policy, ref = (
+        x if x is None or x.dim() == 1 or len(x) == 2 * pairs else x.repeat(2, 1, 1, 1)
+        for x in (target, policy, ref)
+    )
     size = (y - policy).square()
     if ref is not None and ref.dim() > 1:
         size = ((ref - policy) * (2 * y - policy - ref)).abs()
