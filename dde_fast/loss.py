@@ -194,8 +194,13 @@ class PreferenceLoss(nn.Module):
         if reference is None:
             reference_error = None
         if self.training and self.objective.correction:
-            ratios.observe(
-                self.ratio_sums, policy_error, reference_error, timesteps, self.observation_scale
+            ops.observe_ratios(
+                self.ratio_sums,
+                policy_error.detach(),
+                reference_error,
+                timesteps.long(),
+                self.observation_scale,
+                ops.resolve_backend(self.backend, policy.device),
             )
             if self.auto_update:
                 self.update_ratios()
@@ -212,8 +217,8 @@ class PreferenceLoss(nn.Module):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.ratio_sums, group=group)
-        ratios.update(self.ratios, self.ratio_sums, self.ratio_decay)
-        self._derive_margins()
+        backend = ops.resolve_backend(self.backend, self.ratios.device)
+        ops.update_ratios(self.ratios, self.margins, self.ratio_sums, self.ratio_decay, backend)
 
     def timestep_probabilities(self, low: int = 0, high: int | None = None) -> Tensor:
         """The objective's distribution of t restricted to low ≤ t < high, float64 [T], sum 1."""
@@ -228,7 +233,7 @@ class PreferenceLoss(nn.Module):
     @torch.no_grad()
     def _derive_margins(self, *_) -> None:
         if self.objective.correction:
-            self.margins.copy_(ratios.margins(self.ratios))
+            self.margins.copy_(ratios.margins_of(self.ratios))
 
     def _apply(self, fn, recurse=True):
         """Move buffers, never cast them: `.half()` or `.to(dtype)` is meant for models."""

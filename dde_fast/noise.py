@@ -9,81 +9,15 @@ counted down from 2**32 - 1, so they never meet.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+from dde_fast import ops
 
 TIMESTEP, CAPTION_DROPOUT = 0, 1
 """Numbers of the single choices of a pair, for `pair_uniform`."""
-
-
-def philox4x32(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of four counter words under a 64-bit key.
-
-    Args:
-        counter: four int64 tensors that broadcast together, each holding values in [0, 2**32).
-        seed: the key, 0 ≤ seed < 2**64.
-
-    Returns:
-        four int64 tensors with values in [0, 2**32).
-    """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    k0, k1 = seed & _MASK32, seed >> 32
-    for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2**64, so shift and mask give the exact high and low words
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((p1 >> 32) & _MASK32) ^ c1 ^ k0,
-            p1 & _MASK32,
-            ((p0 >> 32) & _MASK32) ^ c3 ^ k1,
-            p0 & _MASK32,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
-    return c0, c1, c2, c3
-
-
-def _uniform(words: Tensor) -> Tensor:
-    """(x >> 8)·2⁻²⁴ + 2⁻²⁵ in float32: the 24 high bits of each word, in (0, 1]."""
-    return (words >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25
-
-
-def _pair_words(
-    blocks: Tensor,  # int64 [K]
-    *,
-    seed: int,
-    pair_ids: Tensor,  # int64 [B]
-    draw: int | Tensor,
-    device: torch.device | str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words [B, K] for every pair and block."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
-    if pair_ids.dtype != torch.int64 or pair_ids.dim() != 1:
-        raise ValueError(
-            f"pair_ids: expected an int64 tensor [B], got {pair_ids.dtype} {list(pair_ids.shape)}"
-        )
-    device = torch.device(device) if device is not None else pair_ids.device
-    ids = pair_ids.to(device)[:, None]
-    if isinstance(draw, Tensor):
-        if draw.dtype != torch.int64 or draw.shape not in (pair_ids.shape, torch.Size([])):
-            raise ValueError(
-                f"draw: expected an int or an int64 tensor {list(pair_ids.shape)}, "
-                f"got {draw.dtype} {list(draw.shape)}"
-            )
-        draws = draw.to(device).reshape(-1, 1) & _MASK32
-    elif 0 <= draw < 2**32:
-        draws = torch.full((1, 1), draw, dtype=torch.int64, device=device)
-    else:
-        raise ValueError(f"draw: expected 0 <= draw < 2**32, got {draw}")
-    counter = (blocks.to(device)[None, :], ids & _MASK32, (ids >> 32) & _MASK32, draws)
-    return philox4x32(counter, seed)
 
 
 def pair_noise(
@@ -93,11 +27,12 @@ def pair_noise(
     pair_ids: Tensor,  # int64 [B]
     draw: int | Tensor,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Standard normal noise of each pair, shared by its winner and its loser.
 
     Box-Muller over consecutive elements 4j … 4j+3 (row-major): r₀cos 2πu₁, r₀sin 2πu₁,
-    r₂cos 2πu₃, r₂sin 2πu₃ with r = √(-2 ln u) of u₀ and u₂.
+    r₂cos 2πu₃, r₂sin 2πu₃ with r = √(-2 ln u) of u₀ and u₂, u = (x >> 8)·2⁻²⁴ + 2⁻²⁵.
 
     Args:
         shape: shape of one latent, e.g. (4, 64, 64).
@@ -105,6 +40,7 @@ def pair_noise(
         pair_ids: int64 [B], identity of each pair in its data set.
         draw: how often the pair was drawn before (its epoch): an int, or an int64 tensor [B].
         device: where the noise is made; `pair_ids`' device by default.
+        backend: as in `PreferenceLoss`; the integers are the same on all, normals to 1e-6.
 
     Returns:
         float32 [B, *shape].
@@ -112,16 +48,9 @@ def pair_noise(
     Raises:
         ValueError: seed or draw out of range, pair_ids not int64 [B].
     """
-    count = math.prod(shape)
-    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=pair_ids.device)
-    words = _pair_words(blocks, seed=seed, pair_ids=pair_ids, draw=draw, device=device)
-    # float64 inside: the float32 result is then the correctly rounded one, which is what the
-    # fused backends are held against
-    u0, u1, u2, u3 = (_uniform(word).double() for word in words)
-    r0, r2 = (-2.0 * u0.log()).sqrt(), (-2.0 * u2.log()).sqrt()
-    a1, a3 = 2.0 * math.pi * u1, 2.0 * math.pi * u3
-    normals = torch.stack([r0 * a1.cos(), r0 * a1.sin(), r2 * a3.cos(), r2 * a3.sin()], dim=-1)
-    return normals.flatten(1)[:, :count].float().reshape(len(pair_ids), *shape)
+    ids, draws, seed = _key(seed, pair_ids, draw, device)
+    backend = ops.resolve_backend(backend, ids.device)
+    return ops.pair_noise(ids, draws, list(shape), seed, backend)
 
 
 def pair_uniform(
@@ -131,21 +60,21 @@ def pair_uniform(
     pair_ids: Tensor,  # int64 [B]
     draw: int | Tensor,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """One uniform number in (0, 1] per pair for a single decision, the same for both halves.
 
     Args:
         choice: which decision: `TIMESTEP`, `CAPTION_DROPOUT`, or any number from 2 on of your own.
-        seed, pair_ids, draw, device: as in `pair_noise`.
+        seed, pair_ids, draw, device, backend: as in `pair_noise`.
 
     Returns:
         float32 [B].
     """
     if not 0 <= choice < 2**16:
         raise ValueError(f"choice: expected 0 <= choice < 2**16, got {choice}")
-    blocks = torch.tensor([_MASK32 - choice], dtype=torch.int64, device=pair_ids.device)
-    words = _pair_words(blocks, seed=seed, pair_ids=pair_ids, draw=draw, device=device)
-    return _uniform(words[0])[:, 0]
+    ids, draws, seed = _key(seed, pair_ids, draw, device)
+    return ops.pair_uniform(ids, draws, choice, seed, ops.resolve_backend(backend, ids.device))
 
 
 def sample_timesteps(
@@ -155,20 +84,23 @@ def sample_timesteps(
     pair_ids: Tensor,  # int64 [B]
     draw: int | Tensor,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """One timestep per pair from a discrete distribution, by inversion of its cumulative sum.
 
     Args:
         probabilities: [T], non-negative; normalised here. A timestep of probability 0 is never
             drawn. Keep it on the device where it is used: it is moved there otherwise.
-        seed, pair_ids, draw, device: as in `pair_noise`.
+        seed, pair_ids, draw, device, backend: as in `pair_noise`.
 
     Returns:
         int64 [B] with values in [0, T).
     """
     if probabilities.dim() != 1:
         raise ValueError(f"probabilities: expected [T], got {list(probabilities.shape)}")
-    u = pair_uniform(TIMESTEP, seed=seed, pair_ids=pair_ids, draw=draw, device=device)
+    u = pair_uniform(
+        TIMESTEP, seed=seed, pair_ids=pair_ids, draw=draw, device=device, backend=backend
+    )
     cumulative = probabilities.to(device=u.device, dtype=torch.float64).cumsum(0)
     # left: the smallest t with cumulative[t] >= u·total, which always has positive probability
     return torch.searchsorted(cumulative, u.double() * cumulative[-1], right=False)
@@ -183,6 +115,7 @@ def add_noise(
     pair_ids: Tensor,  # int64 [B]
     draw: int | Tensor,
     dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Noise both halves of each pair with the pair's own noise: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
 
@@ -190,7 +123,7 @@ def add_noise(
         latents: [2B, …], winners first, losers second.
         timesteps: [B], or [2B] with equal halves.
         alphas_cumprod: [T], on the latents' device.
-        seed, pair_ids, draw: as in `pair_noise`.
+        seed, pair_ids, draw, backend: as in `pair_noise`.
         dtype: of both results; the latents' by default. The arithmetic is float32.
 
     Returns:
@@ -211,10 +144,33 @@ def add_noise(
     for name, tensor in (("timesteps", timesteps), ("alphas_cumprod", alphas_cumprod)):
         if tensor.device != latents.device:
             raise ValueError(f"{name}: expected on {latents.device}, got {tensor.device}")
-    shape = latents.shape[1:]
-    noise = pair_noise(shape, seed=seed, pair_ids=pair_ids, draw=draw, device=latents.device)
-    abar = alphas_cumprod.double()[timesteps[:pairs]].reshape(pairs, *[1] * len(shape))
-    signal, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
-    halves = [signal * half.float() + sigma * noise for half in latents.chunk(2)]
-    dtype = dtype or latents.dtype
-    return torch.cat(halves).to(dtype), noise.to(dtype)
+    ids, draws, seed = _key(seed, pair_ids, draw, latents.device)
+    backend = ops.resolve_backend(backend, latents.device)
+    return ops.add_noise(
+        latents, timesteps, alphas_cumprod, ids, draws, seed, dtype or latents.dtype, backend
+    )
+
+
+def _key(
+    seed: int, pair_ids: Tensor, draw: int | Tensor, device: torch.device | str | None
+) -> tuple[Tensor, Tensor, int]:
+    """Pair ids and draws int64 [B] on the device, and the seed's 64 bits as a signed integer."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    if pair_ids.dtype != torch.int64 or pair_ids.dim() != 1:
+        raise ValueError(
+            f"pair_ids: expected an int64 tensor [B], got {pair_ids.dtype} {list(pair_ids.shape)}"
+        )
+    ids = pair_ids if device is None else pair_ids.to(device)
+    if not isinstance(draw, Tensor):
+        if not 0 <= draw < 2**32:
+            raise ValueError(f"draw: expected 0 <= draw < 2**32, got {draw}")
+        draws = torch.full_like(ids, draw)
+    elif draw.dtype == torch.int64 and draw.shape == pair_ids.shape:
+        draws = draw.to(ids.device)
+    else:
+        raise ValueError(
+            f"draw: expected an int or an int64 tensor {list(pair_ids.shape)}, "
+            f"got {draw.dtype} {list(draw.shape)}"
+        )
+    return ids, draws, seed - 2**64 if seed >= 2**63 else seed

@@ -1,23 +1,28 @@
 """The public torch ops: schema, fake kernels, gradient, and the choice of backend.
 
-`torch.ops.dde_fast.preference_loss` and `…_backward` are `torch.library` ops: they pass opcheck,
-run under `torch.compile(fullgraph=True)` and on the meta device. A backend is a module with
-functions of the ops' names; `BACKENDS` is the table of them.
+`torch.ops.dde_fast.*` are `torch.library` ops: they pass opcheck, run under
+`torch.compile(fullgraph=True)` and on the meta device. A backend is a few modules with functions
+of the ops' names; `BACKENDS` is the table of them.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dde_fast.reference import accumulation_dtype, number_of_pairs
 
-BACKENDS = {"reference": "dde_fast.reference", "triton": "dde_fast.triton_kernels"}
-"""backend -> module with its `preference_loss` and `preference_loss_backward`."""
+BACKENDS = {
+    "reference": ("reference", "ratios"),
+    "triton": ("triton_kernels", "triton_ratios", "triton_noise"),
+}
+"""backend -> modules of `dde_fast` that hold its ops, searched in order."""
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
@@ -48,8 +53,11 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _module(backend: str):
-    return importlib.import_module(BACKENDS[backend])
+@functools.cache
+def _op(backend: str, name: str) -> Callable:
+    """The backend's own function of an op's name."""
+    modules = [importlib.import_module(f"dde_fast.{module}") for module in BACKENDS[backend]]
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
@@ -85,7 +93,7 @@ def preference_loss(
     The formula is `dde_fast.reference.preference_loss`'s. Differentiable in `policy` alone.
     """
     _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
-    loss, logits, policy_error, reference_error, margin = _module(backend).preference_loss(
+    loss, logits, policy_error, reference_error, margin = _op(backend, "preference_loss")(
         policy,
         reference,
         target,
@@ -130,7 +138,7 @@ def preference_loss_backward(
     backend: str,
 ) -> Tensor:
     """Gradient of the policy's prediction, in its shape and dtype."""
-    return _module(backend).preference_loss_backward(
+    return _op(backend, "preference_loss_backward")(
         grad_loss,
         grad_logits,
         grad_policy_error,
@@ -178,3 +186,91 @@ def _backward(ctx, grad_loss, grad_logits, grad_policy_error, _grad_reference, _
 
 
 preference_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("dde_fast::observe_ratios", mutates_args=("sums",))
+def observe_ratios(
+    sums: Tensor,  # float64 [5, T]
+    policy_error: Tensor,  # [2B]
+    reference_error: Tensor,  # [2B]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    scale: Tensor,  # float32 [T]
+    backend: str,
+) -> None:
+    """Add a batch's observations to the sums: `dde_fast.ratios.observe_ratios`."""
+    _op(backend, "observe_ratios")(sums, policy_error, reference_error, timesteps, scale)
+
+
+@torch.library.custom_op("dde_fast::update_ratios", mutates_args=("ratios", "margins", "sums"))
+def update_ratios(
+    ratios: Tensor,  # float32 [4, T]
+    margins: Tensor,  # float32 [T]
+    sums: Tensor,  # float64 [5, T]
+    decay: float,
+    backend: str,
+) -> None:
+    """Fold the sums into the table and derive m_t: `dde_fast.ratios.update_ratios`."""
+    _op(backend, "update_ratios")(ratios, margins, sums, decay)
+
+
+@torch.library.custom_op("dde_fast::pair_noise", mutates_args=())
+def pair_noise(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    shape: Sequence[int],
+    seed: int,
+    backend: str,
+) -> Tensor:
+    """Standard normals float32 [B, *shape]: `dde_fast.noise.pair_noise`."""
+    return _op(backend, "pair_noise")(pair_ids, draws, shape, seed)
+
+
+@torch.library.custom_op("dde_fast::pair_uniform", mutates_args=())
+def pair_uniform(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    choice: int,
+    seed: int,
+    backend: str,
+) -> Tensor:
+    """One uniform float32 [B] per pair: `dde_fast.noise.pair_uniform`."""
+    return _op(backend, "pair_uniform")(pair_ids, draws, choice, seed)
+
+
+@torch.library.custom_op("dde_fast::add_noise", mutates_args=())
+def add_noise(
+    latents: Tensor,  # [2B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    alphas_cumprod: Tensor,  # [T]
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    seed: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """noisy [2B, …] and noise [B, …]: `dde_fast.noise.add_noise`."""
+    _check_timesteps(timesteps, len(pair_ids), len(alphas_cumprod))
+    return _op(backend, "add_noise")(
+        latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype
+    )
+
+
+observe_ratios.register_fake(lambda *_: None)
+update_ratios.register_fake(lambda *_: None)
+
+
+@pair_noise.register_fake
+def _(pair_ids, draws, shape, seed, backend):
+    return pair_ids.new_empty((pair_ids.shape[0], *shape), dtype=torch.float32)
+
+
+@pair_uniform.register_fake
+def _(pair_ids, draws, choice, seed, backend):
+    return pair_ids.new_empty(pair_ids.shape[0], dtype=torch.float32)
+
+
+@add_noise.register_fake
+def _(latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, backend):
+    shape = latents.shape[1:]
+    noise = latents.new_empty((pair_ids.shape[0], *shape), dtype=dtype)
+    return latents.new_empty(latents.shape, dtype=dtype), noise

@@ -18,7 +18,7 @@ from torch import Tensor
 _BLOCK = 32
 
 
-def observe(
+def observe_ratios(
     sums: Tensor,  # float64 [5, T], updated in place
     policy_error: Tensor,  # [2B]
     reference_error: Tensor,  # [2B]
@@ -39,20 +39,23 @@ def observe(
     sums += torch.stack([*rows, at.sum(0).double()])
 
 
-def update(
+def update_ratios(
     ratios: Tensor,  # [4, T], updated in place
+    margins: Tensor,  # [T], updated in place
     sums: Tensor,  # float64 [5, T], emptied
     decay: float,
 ) -> None:
-    """r[:, t] ← decay · r[:, t] + (1 - decay) · (mean observation at t), only where t was observed."""
+    """r[:, t] ← decay · r[:, t] + (1 - decay) · (mean observation at t), only where t was observed;
+    then m_t of the new table."""
     count = sums[4]
     mean = sums[:4] / count.clamp(min=1)
     updated = decay * ratios.double() + (1 - decay) * mean
     ratios.copy_(torch.where(count > 0, updated, ratios.double()))
     sums.zero_()
+    margins.copy_(margins_of(ratios))
 
 
-def margins(ratios: Tensor) -> Tensor:
+def margins_of(ratios: Tensor) -> Tensor:
     """m_t = Σ_{j>t} Δr_j of a table [4, T], float64 [T]."""
     policy_w, policy_l, reference_w, reference_l = ratios.double()
     return _sum_after((policy_w - reference_w) - (policy_l - reference_l))

@@ -7,7 +7,8 @@ means over pairs. Arithmetic is float32 (float64 for float64 inputs) whatever th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -184,3 +185,98 @@ def preference_loss_backward(
     if len(o) == 1:
         gradient = gradient.sum(0)
     return torch.empty_like(policy).copy_(gradient.reshape(policy.shape))
+
+
+MASK32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def philox4x32(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of four counter words under a 64-bit key.
+
+    Args:
+        counter: four int64 tensors that broadcast together, each holding values in [0, 2**32).
+        seed: the key, 0 ≤ seed < 2**64.
+
+    Returns:
+        four int64 tensors with values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & MASK32, seed >> 32
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, so shift and mask give the exact high and low words
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & MASK32) ^ c1 ^ k0,
+            p1 & MASK32,
+            ((p0 >> 32) & MASK32) ^ c3 ^ k1,
+            p0 & MASK32,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & MASK32, (k1 + _WEYL[1]) & MASK32
+    return c0, c1, c2, c3
+
+
+def uniform(words: Tensor) -> Tensor:
+    """(x >> 8)·2⁻²⁴ + 2⁻²⁵ in float32: the 24 high bits of each word, in (0, 1]."""
+    return (words >> 8).to(torch.float32) * 2.0**-24 + 2.0**-25
+
+
+def _pair_words(
+    blocks: Tensor,  # int64 [K]
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words [B, K] for every pair and block."""
+    ids, draws = pair_ids[:, None], draws[:, None]
+    counter = (blocks[None, :], ids & MASK32, (ids >> 32) & MASK32, draws & MASK32)
+    return philox4x32(counter, seed % 2**64)
+
+
+def pair_noise(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    shape: Sequence[int],
+    seed: int,
+) -> Tensor:
+    """Standard normals float32 [B, *shape] by Box-Muller, see `dde_fast.noise`."""
+    count = math.prod(shape)
+    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=pair_ids.device)
+    # float64 inside: the float32 result is then the correctly rounded one, which is what the
+    # fused backends are held against
+    u0, u1, u2, u3 = (uniform(w).double() for w in _pair_words(blocks, pair_ids, draws, seed))
+    r0, r2 = (-2.0 * u0.log()).sqrt(), (-2.0 * u2.log()).sqrt()
+    a1, a3 = 2.0 * math.pi * u1, 2.0 * math.pi * u3
+    normals = torch.stack([r0 * a1.cos(), r0 * a1.sin(), r2 * a3.cos(), r2 * a3.sin()], dim=-1)
+    return normals.flatten(1)[:, :count].float().reshape(len(pair_ids), *shape)
+
+
+def pair_uniform(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    choice: int,
+    seed: int,
+) -> Tensor:
+    """One uniform float32 [B] per pair: word 0 of block 2**32 - 1 - choice."""
+    blocks = torch.full((1,), MASK32 - choice, dtype=torch.int64, device=pair_ids.device)
+    return uniform(_pair_words(blocks, pair_ids, draws, seed)[0])[:, 0]
+
+
+def add_noise(
+    latents: Tensor,  # [2B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    alphas_cumprod: Tensor,  # [T]
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε of both halves [2B, …], and the pairs' ε [B, …]."""
+    pairs, shape = len(pair_ids), latents.shape[1:]
+    noise = pair_noise(pair_ids, draws, shape, seed)
+    abar = alphas_cumprod.double()[timesteps[:pairs]].reshape(pairs, *[1] * len(shape))
+    signal, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
+    halves = [signal * half.float() + sigma * noise for half in latents.chunk(2)]
+    return torch.cat(halves).to(dtype), noise.to(dtype)

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from dde_fast import triton_kernels as kernels
+from dde_fast import triton_noise, triton_ratios
 
 
 def cases(dtype: str):
@@ -76,6 +77,54 @@ def cases(dtype: str):
         },
     )
 
+    noise = {
+        "p_timesteps": "*i64",
+        "p_alphas_cumprod": "*fp64" if dtype == "fp64" else "*fp32",
+        **dict.fromkeys(("p_pair_ids", "p_draws"), "*i64"),
+        **dict.fromkeys(("seed_low", "seed_high"), "i64"),
+        **dict.fromkeys(("pairs", "N"), "i32"),
+    }
+    for only in (False, True):
+        yield (
+            triton_noise.add_noise_kernel,
+            {**dict.fromkeys(("p_latents", "p_noisy", "p_noise"), f"*{dtype}"), **noise},
+            {"ONLY_NOISE": only, "BLOCK": triton_noise.BLOCK},
+        )
+
+
+def table_cases():
+    """Kernels whose types do not depend on the predictions'."""
+    yield (
+        triton_noise.pair_uniform_kernel,
+        {
+            **dict.fromkeys(("p_pair_ids", "p_draws"), "*i64"),
+            **dict.fromkeys(("block", "seed_low", "seed_high"), "i64"),
+            "p_out": "*fp32",
+            "pairs": "i32",
+        },
+        {"BLOCK": triton_noise.BLOCK},
+    )
+    yield (
+        triton_ratios.observe_ratios_kernel,
+        {
+            "p_sums": "*fp64",
+            **dict.fromkeys(("p_policy_error", "p_reference_error", "p_scale"), "*fp32"),
+            "p_timesteps": "*i64",
+            **dict.fromkeys(("pairs", "num_timesteps"), "i32"),
+        },
+        {"BLOCK_T": triton_ratios.BLOCK_T},
+    )
+    yield (
+        triton_ratios.update_ratios_kernel,
+        {
+            **dict.fromkeys(("p_ratios", "p_margins"), "*fp32"),
+            "p_sums": "*fp64",
+            "rate": "fp32",
+            "num_timesteps": "i32",
+        },
+        {"BLOCK_T": triton_ratios.BLOCK_T},
+    )
+
 
 def widths(ptx: str, access: str) -> list[int]:
     """Bits per instruction of every global load or store in the PTX."""
@@ -112,25 +161,30 @@ def compile_for(arch: int, kernel, signature: dict, constexprs: dict):
     return compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
 
 
+def describe(arch: int, dtype: str, variant: dict, kernel, signature: dict, constexprs: dict):
+    chosen = {name: variant.get(name, value) for name, value in constexprs.items()}
+    compiled = compile_for(arch, kernel, signature, chosen)
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "dtype": dtype,
+        "variant": variant,
+        "loads": widths(ptx, "ld"),
+        "stores": widths(ptx, "st"),
+        "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
+        "shared_bytes": compiled.metadata.shared,
+        "cubin_bytes": len(compiled.asm["cubin"]),
+    }
+
+
 def main() -> None:
     arch = int(sys.argv[1])
     todo = [(dtype, {}) for dtype in ("bf16", "fp16", "fp32", "fp64")]
     for dtype, variant in todo + [("fp32", variant) for variant in VARIANTS]:
-        for kernel, signature, constexprs in cases(dtype):
-            chosen = {name: variant.get(name, value) for name, value in constexprs.items()}
-            compiled = compile_for(arch, kernel, signature, chosen)
-            ptx = compiled.asm["ptx"]
-            row = {
-                "kernel": kernel.__name__,
-                "dtype": dtype,
-                "variant": variant,
-                "loads": widths(ptx, "ld"),
-                "stores": widths(ptx, "st"),
-                "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
-                "shared_bytes": compiled.metadata.shared,
-                "cubin_bytes": len(compiled.asm["cubin"]),
-            }
-            print(json.dumps(row))
+        for case in cases(dtype):
+            print(json.dumps(describe(arch, dtype, variant, *case)))
+    for case in table_cases():
+        print(json.dumps(describe(arch, "", {}, *case)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import math
 import longhand
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import BACKENDS, DEVICE
 
 from dde_fast import OBJECTIVES, PreferenceLoss
 from dde_fast.ops import why_not
@@ -13,7 +13,6 @@ from dde_fast.ops import why_not
 SHAPE = (4, 16, 12)
 TIMESTEPS = [0, 1, 300, 998, 999]
 ABAR = longhand.scaled_linear()
-BACKENDS = [b for b in ("reference", "triton") if why_not(b, DEVICE) is None]
 
 
 def test_triton_is_tested():

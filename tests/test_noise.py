@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import BACKENDS, DEVICE
 
-from dde_fast import noise
-from dde_fast.noise import add_noise, pair_noise, pair_uniform, philox4x32, sample_timesteps
+from dde_fast import noise, ops
+from dde_fast.noise import add_noise, pair_noise, pair_uniform, sample_timesteps
+from dde_fast.reference import philox4x32
 
 IDS = torch.tensor([3, 2**33 + 5, 0, 7])
 
@@ -106,6 +108,78 @@ def test_add_noise_is_diffusers(dtype):
     torch.testing.assert_close(noisy.float(), expected, rtol=tolerance, atol=tolerance)
     again, _ = add_noise(latents, t.repeat(2), scheduler.alphas_cumprod, **keys, dtype=dtype)
     assert again.equal(noisy)
+
+
+FAST = [b for b in BACKENDS if b != "reference"]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 + 11, 2**64 - 1])
+def test_backends_draw_the_same(seed, backend):
+    """Integers to the bit (seen through the uniforms), normals to 1e-6, for all words of the key."""
+    ids = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**62 + 3, 5], device=DEVICE)
+    draws = torch.tensor([0, 7, 2**31, 2**32 - 1, 1, 0], device=DEVICE)
+    keys = {"seed": seed, "pair_ids": ids, "draw": draws}
+    for choice in (0, 1, 2**16 - 1):
+        u = [pair_uniform(choice, **keys, backend=b) for b in ("reference", backend)]
+        assert u[0].equal(u[1])
+    for shape in ((1,), (3, 5), (4, 33, 7), (2, 1030)):
+        n = [pair_noise(shape, **keys, backend=b) for b in ("reference", backend)]
+        torch.testing.assert_close(n[1], n[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_normals_agree_over_many_samples(backend):
+    keys = {"seed": 3, "pair_ids": torch.arange(4, device=DEVICE), "draw": 0}
+    exact, fast = (pair_noise((256, 256), **keys, backend=b) for b in ("reference", backend))
+    assert exact.abs().max() > 4.5
+    torch.testing.assert_close(fast, exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("table", [torch.float32, torch.float64])
+def test_backends_add_the_same_noise(table, dtype, backend):
+    alphas = torch.linspace(0.9991, 0.0047, 1000, dtype=table, device=DEVICE)
+    latents = torch.randn(8, 4, 9, 7, device=DEVICE).to(dtype)
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    t = torch.tensor([0, 10, 500, 999], device=DEVICE)
+    keys = {"seed": 0, "pair_ids": IDS.to(DEVICE), "draw": 1}
+    exact, fast = (add_noise(latents, t, alphas, **keys, backend=b) for b in ("reference", backend))
+    ulp = 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for a, b in zip(exact, fast, strict=True):
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(b, a, rtol=ulp, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ops(backend):
+    """opcheck, and one compiled graph with eager's numbers."""
+    ids, draws = IDS.to(DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    torch.library.opcheck(torch.ops.dde_fast.pair_noise, (ids, draws, [3, 5], -1, backend))
+    torch.library.opcheck(torch.ops.dde_fast.pair_uniform, (ids, draws, 1, 7, backend))
+    latents = torch.randn(8, 3, 5, device=DEVICE)
+    alphas = torch.linspace(0.9, 0.1, 10, device=DEVICE)
+    t = torch.tensor([0, 3, 9, 5], device=DEVICE)
+    args = (latents, t, alphas, ids, draws, 0, torch.bfloat16, backend)
+    torch.library.opcheck(torch.ops.dde_fast.add_noise, args)
+
+    def step(latents, ids):
+        keys = {"seed": 5, "pair_ids": ids, "draw": 0, "backend": backend}
+        times = sample_timesteps(torch.ones(10, device=DEVICE), **keys)
+        return times, *add_noise(latents, times, alphas, **keys)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(latents, ids), step(latents, ids), strict=True):
+        assert a.equal(b)
+
+
+def test_a_timestep_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="timesteps: .*got 10"):
+        ops.add_noise(
+            torch.zeros(2, 4), torch.tensor([10]), torch.ones(10), torch.zeros(1).long(),
+            torch.zeros(1).long(), 0, torch.float32, "reference",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,229 @@
+"""Triton kernels of the noise; the specification and the eager version are in `dde_fast.noise`.
+
+Logarithm, sine and cosine are polynomials (Cephes' single-precision ones) on exactly reduced
+arguments: a hardware log2 loses the small logarithms of u near 1, and 2πu rounded to float32 loses
+the angle; both would show beyond 1e-6. They also make every GPU and the interpreter agree.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dde_fast.reference import MASK32
+
+BLOCK = 256
+"""Philox blocks of a program, four elements each."""
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10; all words uint32."""
+    for _ in tl.static_range(10):
+        h0, l0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        h1, l1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform(x):
+    return (x >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
+
+
+@triton.jit
+def log(u):
+    """Natural logarithm of normal float32 0 < u ≤ 1."""
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) - 126
+    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)  # [½, 1)
+    low = mantissa < 0.70710678
+    exponent = tl.where(low, exponent - 1, exponent).to(tl.float32)
+    f = tl.where(low, 2 * mantissa, mantissa) - 1
+    p = 7.0376836292e-2
+    p = p * f - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    square = f * f
+    tail = p * f * square - 2.12194440e-4 * exponent - 0.5 * square
+    return (f + tail) + 0.693359375 * exponent
+
+
+@triton.jit
+def sin_cos_turns(u):
+    """sin 2πu and cos 2πu of 0 ≤ u ≤ 1: to the nearest quarter turn exactly, then polynomials."""
+    quarter = (4 * u + 0.5).to(tl.int32)
+    a = (u - 0.25 * quarter.to(tl.float32)) * 6.283185307179586
+    s = a * a
+    sine = -1.9515295891e-4
+    sine = sine * s + 8.3321608736e-3
+    sine = sine * s - 1.6666654611e-1
+    sine = sine * s * a + a
+    cosine = 2.443315711809948e-5
+    cosine = cosine * s - 1.388731625493765e-3
+    cosine = cosine * s + 4.166664568298827e-2
+    cosine = cosine * s * s - 0.5 * s + 1
+    odd = (quarter & 1) == 1
+    x, y = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
+    # quarters 0 … 4 of (sin, cos): (s, c), (c, -s), (-s, -c), (-c, s), (s, c)
+    return tl.where((quarter & 2) == 2, -x, x), tl.where(((quarter + 1) & 2) == 2, -y, y)
+
+
+@triton.jit
+def block_normals(o_block, pair_id, draw, seed_low, seed_high):
+    """Normals of Philox blocks int64 [K] as [4K] consecutive elements."""
+    zero = o_block * 0
+    c1 = (zero + (pair_id & 0xFFFFFFFF)).to(tl.uint32)
+    c2 = (zero + ((pair_id >> 32) & 0xFFFFFFFF)).to(tl.uint32)
+    c3 = (zero + (draw & 0xFFFFFFFF)).to(tl.uint32)
+    k0, k1 = (zero + seed_low).to(tl.uint32), (zero + seed_high).to(tl.uint32)
+    x0, x1, x2, x3 = philox4x32(o_block.to(tl.uint32), c1, c2, c3, k0, k1)
+    r0 = tl.sqrt_rn(-2 * log(uniform(x0)))
+    r2 = tl.sqrt_rn(-2 * log(uniform(x2)))
+    s1, c1 = sin_cos_turns(uniform(x1))
+    s3, c3 = sin_cos_turns(uniform(x3))
+    return tl.interleave(tl.interleave(r0 * c1, r2 * c3), tl.interleave(r0 * s1, r2 * s3))
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def add_noise_kernel(
+    p_latents,  # [2B, N]
+    p_timesteps,  # int64 [B] or [2B]
+    p_alphas_cumprod,  # [T]
+    p_pair_ids,  # int64 [B]
+    p_draws,  # int64 [B]
+    seed_low,  # the seed's words, each in [0, 2**32)
+    seed_high,
+    p_noisy,  # [2B, N]
+    p_noise,  # [B, N]
+    pairs,
+    N,
+    ONLY_NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_pair, i_block = tl.program_id(0), tl.program_id(1)
+    pair_id, draw = tl.load(p_pair_ids + i_pair), tl.load(p_draws + i_pair)
+    o_block = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_noise = block_normals(o_block, pair_id, draw, seed_low, seed_high)
+    o_n = i_block * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    m_n = o_n < N
+    tl.store(p_noise + i_pair.to(tl.int64) * N + o_n, b_noise.to(p_noise.dtype.element_ty), m_n)
+    if not ONLY_NOISE:
+        abar = tl.load(p_alphas_cumprod + tl.load(p_timesteps + i_pair))
+        if p_alphas_cumprod.dtype.element_ty == tl.float64:
+            signal, sigma = tl.sqrt(abar).to(tl.float32), tl.sqrt(1 - abar).to(tl.float32)
+        else:  # tl.sqrt approximates in float32
+            abar = abar.to(tl.float32)
+            signal, sigma = tl.sqrt_rn(abar), tl.sqrt_rn(1 - abar)
+        for half in tl.static_range(2):
+            p_half = (i_pair + half * pairs).to(tl.int64) * N
+            b_latent = tl.load(p_latents + p_half + o_n, m_n, 0.0).to(tl.float32)
+            b_noisy = signal * b_latent + sigma * b_noise
+            tl.store(p_noisy + p_half + o_n, b_noisy.to(p_noisy.dtype.element_ty), m_n)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def pair_uniform_kernel(
+    p_pair_ids,  # int64 [B]
+    p_draws,  # int64 [B]
+    block,  # the choice's Philox block, in [0, 2**32)
+    seed_low,
+    seed_high,
+    p_out,  # [B]
+    pairs,
+    BLOCK: tl.constexpr,
+):
+    o_b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_b = o_b < pairs
+    pair_id = tl.load(p_pair_ids + o_b, m_b, 0)
+    draw = tl.load(p_draws + o_b, m_b, 0)
+    zero = pair_id * 0
+    x0, _, _, _ = philox4x32(
+        (zero + block).to(tl.uint32),
+        (pair_id & 0xFFFFFFFF).to(tl.uint32),
+        ((pair_id >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        (draw & 0xFFFFFFFF).to(tl.uint32),
+        (zero + seed_low).to(tl.uint32),
+        (zero + seed_high).to(tl.uint32),
+    )
+    tl.store(p_out + o_b, uniform(x0), m_b)
+
+
+def add_noise(
+    latents: Tensor,  # [2B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    alphas_cumprod: Tensor,  # [T]
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`dde_fast.noise.add_noise` in one launch: each normal is made once for both halves."""
+    pairs, shape = len(pair_ids), latents.shape[1:]
+    latents = latents.contiguous()
+    noisy = latents.new_empty(latents.shape, dtype=dtype)
+    noise = latents.new_empty((pairs, *shape), dtype=dtype)
+    _launch(noise, pair_ids, draws, seed, latents, timesteps, alphas_cumprod, noisy)
+    return noisy, noise
+
+
+def pair_noise(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    shape: list[int],
+    seed: int,
+) -> Tensor:
+    """`dde_fast.noise.pair_noise` in one launch."""
+    noise = torch.empty((len(pair_ids), *shape), dtype=torch.float32, device=pair_ids.device)
+    _launch(noise, pair_ids, draws, seed)
+    return noise
+
+
+def pair_uniform(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    choice: int,
+    seed: int,
+) -> Tensor:
+    """`dde_fast.noise.pair_uniform` in one launch."""
+    out = torch.empty(len(pair_ids), dtype=torch.float32, device=pair_ids.device)
+    pair_uniform_kernel[(triton.cdiv(len(pair_ids), BLOCK),)](
+        pair_ids,
+        draws,
+        MASK32 - choice,
+        seed & MASK32,
+        (seed >> 32) & MASK32,
+        out,
+        len(pair_ids),
+        BLOCK=BLOCK,
+    )
+    return out
+
+
+def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=None, noisy=None):
+    pairs, n = len(pair_ids), noise[0].numel()
+    add_noise_kernel[pairs, triton.cdiv(n, 4 * BLOCK)](
+        noise if latents is None else latents,
+        pair_ids if timesteps is None else timesteps,
+        noise if alphas is None else alphas,
+        pair_ids,
+        draws,
+        seed & MASK32,
+        (seed >> 32) & MASK32,
+        noise if noisy is None else noisy,
+        noise,
+        pairs,
+        n,
+        ONLY_NOISE=latents is None,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
