@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-DEMO := runs/demo
 
 .PHONY: install demo test lint
 
@@ -17,12 +16,16 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev]'
 	touch $@
 
-# two trainings on the embedded pairs, SFT on the winners as the control, then the comparison
+# two trainings on embedded pairs, SFT on the winners as the control, then the comparison
+PRESET := faces
+DEMO := runs/demo-$(PRESET)
+TRAIN := $(BIN)/deepspeed dde_fast/train.py --deepspeed_config ds.json --preset $(PRESET)
+
 demo: install
 	rm -rf $(DEMO)
-	$(BIN)/deepspeed dde_fast/train.py --deepspeed_config ds.json --objective sft --output $(DEMO)/sft
-	$(BIN)/deepspeed dde_fast/train.py --deepspeed_config ds.json --objective dde --output $(DEMO)/dde
-	$(BIN)/python -m dde_fast.evaluate --base embedded --aligned sft=$(DEMO)/sft/unet dde=$(DEMO)/dde/unet --output $(DEMO)/evaluation
+	$(TRAIN) --objective sft --output $(DEMO)/sft
+	$(TRAIN) --objective dde --output $(DEMO)/dde
+	$(BIN)/python -m dde_fast.evaluate --base embedded --aligned sft=$(DEMO)/sft/unet dde=$(DEMO)/dde/unet --prompts $(PRESET) --output $(DEMO)/evaluation
 
 lint: install
 	$(BIN)/ruff check .

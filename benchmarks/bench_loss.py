@@ -1,0 +1,99 @@
+"""The loss head against the published scripts' eager formula and that formula compiled.
+
+`salesforce` is train.py of DiffusionDPO as published, `compiled` the same under torch.compile. All
+compute Diffusion-DPO with beta 5000 on the same tensors; `dde_fast` rows name their backend. Bytes
+are what any implementation must move: predictions, reference and target read once, and the
+gradient written once (backward reads prediction and target again).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BACKENDS, BATCHES, DEVICE, SHAPES
+from torch import Tensor
+
+from dde_fast import PreferenceLoss
+
+BETA = 5000.0
+SETS = 3
+ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2).cumprod(0)
+
+
+def salesforce(model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+    """DiffusionDPO's train.py: target holds the pair's noise twice, as it does there."""
+    model_losses = (model_pred - target).pow(2).mean(dim=[1, 2, 3])
+    model_losses_w, model_losses_l = model_losses.chunk(2)
+    model_diff = model_losses_w - model_losses_l
+    with torch.no_grad():
+        ref_losses = (ref_pred - target).pow(2).mean(dim=[1, 2, 3])
+        ref_losses_w, ref_losses_l = ref_losses.chunk(2)
+        ref_diff = ref_losses_w - ref_losses_l
+    inside_term = -0.5 * BETA * (model_diff - ref_diff)
+    return -torch.nn.functional.logsigmoid(inside_term).mean()
+
+
+def implementation(name: str):
+    """(model_pred, ref_pred, target, timesteps) -> loss."""
+    if name == "salesforce":
+        return salesforce
+    if name == "compiled":
+        torch._dynamo.reset()
+        return torch.compile(salesforce, dynamic=False)
+    loss_fn = PreferenceLoss(
+        "diffusion-dpo", alphas_cumprod=ALPHAS_CUMPROD, beta=BETA, backend=name
+    ).to(DEVICE)
+    return lambda *inputs: loss_fn(*inputs).loss
+
+
+def inputs(pairs: int, shape: tuple[int, ...], dtype: torch.dtype, repeat: bool):
+    """Reference off by 0.3 from the target, policy by 0.01 from the reference."""
+    target = torch.randn(pairs, *shape, device=DEVICE)
+    reference = target.repeat(2, 1, 1, 1) + 0.3 * torch.randn(2 * pairs, *shape, device=DEVICE)
+    policy = reference + 0.01 * torch.randn_like(reference)
+    if repeat:
+        target = target.repeat(2, 1, 1, 1)
+    timesteps = torch.randint(0, 1000, (pairs,), device=DEVICE)
+    return policy.to(dtype).requires_grad_(), reference.to(dtype), target.to(dtype), timesteps
+
+
+def calls(loss_fn, mode: str, sets: list):
+    for policy, *rest in sets:
+        if mode == "forward":
+            yield lambda policy=policy, rest=rest: loss_fn(policy, *rest)
+        elif mode == "backward":
+            loss = loss_fn(policy, *rest)
+            yield lambda loss=loss, policy=policy: torch.autograd.grad(
+                loss, policy, retain_graph=True
+            )
+        else:
+            yield lambda policy=policy, rest=rest: torch.autograd.grad(
+                loss_fn(policy, *rest), policy
+            )
+
+
+@pytest.mark.parametrize(
+    ("mode", "cache"),
+    [("forward", "warm"), ("backward", "warm"), ("both", "warm"), ("both", "cold")],
+)
+@pytest.mark.parametrize("name", ["salesforce", "compiled", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("pairs", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_loss(measure, benchmark, shape, pairs, dtype, name, mode, cache):
+    benchmark.group = f"{mode} {cache} {shape} B={pairs} {str(dtype)[6:]}"
+    ours = name in BACKENDS
+    latent = 2 * pairs * torch.Size(SHAPES[shape]).numel() * dtype.itemsize
+    needed = {"forward": 2.5 * latent, "backward": 2.5 * latent, "both": 5 * latent}[mode]
+    sets = [inputs(pairs, SHAPES[shape], dtype, repeat=not ours) for _ in range(SETS)]
+    loss_fn = implementation(name)
+    measure(
+        list(calls(loss_fn, mode, sets)),
+        bytes=int(needed),
+        cache=cache,
+        name=name,
+        mode=mode,
+        pairs=pairs,
+        shape=list(SHAPES[shape]),
+        dtype=str(dtype)[6:],
+    )

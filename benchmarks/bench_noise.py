@@ -1,0 +1,51 @@
+"""`add_noise` of pairs against torch.randn + diffusers' add_noise.
+
+Bytes: latents of both halves read, noisy latents of both and the pair's noise written.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BACKENDS, BATCHES, DEVICE, SHAPES
+from diffusers import DDPMScheduler
+
+from dde_fast.noise import add_noise
+
+SETS = 3
+
+
+@pytest.mark.parametrize("name", ["diffusers", *BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("pairs", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_noise(measure, benchmark, shape, pairs, dtype, name):
+    benchmark.group = f"add_noise {shape} B={pairs} {str(dtype)[6:]}"
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    alphas_cumprod = scheduler.alphas_cumprod.to(DEVICE)
+    pair_ids = torch.arange(pairs, device=DEVICE)
+
+    def theirs(latents, timesteps):
+        noise = torch.randn_like(latents[:pairs])
+        return scheduler.add_noise(latents, noise.repeat(2, 1, 1, 1), timesteps.repeat(2)), noise
+
+    def ours(latents, timesteps):
+        keys = {"seed": 0, "pair_ids": pair_ids, "draw": 0, "backend": name}
+        return add_noise(latents, timesteps, alphas_cumprod, **keys)
+
+    function = theirs if name == "diffusers" else ours
+    sets = [
+        (
+            torch.randn(2 * pairs, *SHAPES[shape], device=DEVICE).to(dtype),
+            torch.randint(0, 1000, (pairs,), device=DEVICE),
+        )
+        for _ in range(SETS)
+    ]
+    measure(
+        [lambda s=s: function(*s) for s in sets],
+        bytes=5 * pairs * torch.Size(SHAPES[shape]).numel() * dtype.itemsize,
+        name=name,
+        pairs=pairs,
+        shape=list(SHAPES[shape]),
+        dtype=str(dtype)[6:],
+    )

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Build, whole test suite and every benchmark on a GPU machine, in one command:
+#
+#     benchmarks/run_gpu.sh OUT
+#
+# Uses the python3 on PATH with the torch it holds (nothing is downloaded). OUT gets tests.log,
+# tests.xml, benchmarks.log, benchmarks.json and about.txt. Exit status: 0 if all of it passed.
+set -uo pipefail
+out=$(mkdir -p "${1:?where to write the results}" && cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+status=0
+
+python3 setup.py build_ext --inplace >"$out/build.log" 2>&1 || { status=1; tail "$out/build.log"; }
+{ python3 -m dde_fast; nvidia-smi; } >"$out/about.txt" 2>&1 || status=1
+cat "$out/about.txt"
+
+# benchmarks first: they are what cannot be had elsewhere, should time run out
+python3 -m pytest benchmarks/ --benchmark-only --benchmark-json="$out/benchmarks.json" \
+    --benchmark-columns=median,iqr,rounds -q 2>&1 | tee "$out/benchmarks.log" | tail -n 5
+status=$((status | PIPESTATUS[0]))
+python3 -m pytest --junitxml="$out/tests.xml" --durations=15 -q 2>&1 | tee "$out/tests.log" | tail -n 40
+status=$((status | PIPESTATUS[0]))
+exit $status
