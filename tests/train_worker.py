@@ -1,0 +1,152 @@
+"""One rank of a process that trains several times in a row, for test_train.py.
+
+    python tests/train_worker.py JOBS.json
+
+Each job has `args` for `dde_fast.train.main` and optionally: `plain`, to train with PyTorch alone
+instead; `stop`, [rank, step] at which that rank gets a SIGTERM; `tear`, a file to cut in half
+first; `count_syncs`, a file for the steps at which the host waited for the device.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dde_fast import config, metrics, noise, ops, train
+from dde_fast.cache import encode_pairs
+from dde_fast.loss import PreferenceLoss
+from dde_fast.models import Encoders
+from dde_fast.pairs import load_pairs
+
+
+def plain(args: list[str]) -> None:
+    """The same training with PyTorch and diffusers alone: one process, one micro-batch, fp32."""
+    c = config.parse(args)
+    batch = json.loads(Path(c.deepspeed_config).read_text())["train_micro_batch_size_per_gpu"]
+    scheduler = DDPMScheduler.from_pretrained(c.model, subfolder="scheduler")
+    policy = UNet2DConditionModel.from_pretrained(c.model, subfolder="unet").train()
+    reference = UNet2DConditionModel.from_pretrained(c.model, subfolder="unet").requires_grad_(
+        False
+    )
+    loss_fn = PreferenceLoss.from_scheduler(scheduler, c.objective, beta=c.beta)
+    encoders = Encoders.load(c.model, torch.device("cpu"))
+    data = encode_pairs(load_pairs(c.pairs).pairs, encoders, latent_size=4)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, eps=c.adam_eps)
+    probabilities, losses = loss_fn.timestep_probabilities(0, c.timestep_high), []
+    stream = []
+    for epoch in range(c.steps * batch // len(data) + 1):
+        places = noise.pair_uniform(2, seed=c.seed, pair_ids=data.pair_ids, draw=epoch)
+        stream += [(int(i), epoch) for i in places.argsort(stable=True)]
+    for step in range(c.steps):
+        pairs, epochs = torch.tensor(stream[step * batch : (step + 1) * batch]).T.contiguous()
+        key = {"seed": c.seed, "pair_ids": data.pair_ids[pairs], "draw": epochs}
+        drop = noise.pair_uniform(1, **key) <= c.caption_dropout
+        captions = torch.where(drop, 0, data.captions[pairs])
+        latents = data.latents[torch.cat([data.winners[pairs], data.losers[pairs]])]
+        t = noise.sample_timesteps(probabilities, **key)
+        noisy, eps = noise.add_noise(latents, t, scheduler.alphas_cumprod, **key)
+        both = torch.cat([eps, eps])
+        target = {
+            "epsilon": both,
+            "v_prediction": scheduler.get_velocity(latents, both, torch.cat([t, t])),
+            "sample": latents,
+        }[scheduler.config.prediction_type]
+        inputs = (noisy, torch.cat([t, t]), data.embeddings[torch.cat([captions, captions])])
+        out = loss_fn(policy(*inputs).sample, reference(*inputs).sample, target, t)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = c.learning_rate * min(1, (step + 1) / c.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.loss.item())
+    policy.save_pretrained(Path(c.output) / "unet")
+    save_file({"ratios": loss_fn.ratios}, Path(c.output) / "ratios.safetensors")
+    (Path(c.output) / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i + 1, "loss": loss}) + "\n" for i, loss in enumerate(losses))
+    )
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host: item(), float(), bool(), as an index."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def count_syncs(args: list[str], path: Path) -> None:
+    """Train, writing how often the host waited within each optimizer step, logging included."""
+    counts: list[int] = []
+    advance, check, tolist = metrics.RunLog.advance, ops._check_timesteps, torch.Tensor.tolist
+
+    def counting_advance(log):
+        advance(log)
+        counts.append(syncs.count)
+        syncs.count = 0
+
+    def counting_tolist(tensor):  # not dispatched
+        syncs.count += 1
+        return tolist(tensor)
+
+    metrics.RunLog.advance, torch.Tensor.tolist = counting_advance, counting_tolist
+    ops._check_timesteps = lambda *_: None  # looks at values on a CPU only, never on a GPU
+    try:
+        with Syncs() as syncs:
+            float(torch.ones(()))
+            control, syncs.count = syncs.count, 0
+            train.main(args)
+    finally:
+        metrics.RunLog.advance, ops._check_timesteps = advance, check
+        torch.Tensor.tolist = tolist
+    path.write_text(json.dumps({"control": control, "steps": counts}))
+
+
+def stop_at(rank: int, step: int, args: list[str]) -> None:
+    """Train, with a SIGTERM to one rank after a step."""
+    advance = metrics.RunLog.advance
+
+    def stopping_advance(log):
+        log.steps_seen = getattr(log, "steps_seen", 0) + 1
+        if log.steps_seen == step and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        advance(log)
+
+    metrics.RunLog.advance = stopping_advance
+    try:
+        train.main(args)
+    finally:
+        metrics.RunLog.advance = advance
+
+
+def tear(path: Path) -> None:
+    """Leave a file as a process killed while writing would."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def run(job: dict) -> None:
+    """Do one job."""
+    if "tear" in job:
+        tear(Path(job["tear"]))
+    if job.get("plain"):
+        plain(job["args"])
+    elif "stop" in job:
+        stop_at(*job["stop"], job["args"])
+    elif "count_syncs" in job:
+        count_syncs(job["args"], Path(job["count_syncs"]))
+    else:
+        train.main(job["args"])
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        run(job)
+    torch.distributed.destroy_process_group()
