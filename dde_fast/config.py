@@ -46,8 +46,9 @@ class TrainConfig:
     """Continue a run: "latest" (of the output directory) or the path of a checkpoint."""
     objective: str = "dde"
     """What to optimise: dde, dde-single, dde-step, diffusion-dpo, discounted or sft."""
-    beta: float = 2000.0
-    """DPO temperature (paper: 5000)."""
+    beta: float = 50.0
+    """DPO temperature (paper: 5000). With DDE's weight k² the embedded model wants far less: at 2000
+    logits saturate and the policy leaves the reference for little gain."""
     link: str = "sigmoid"
     """From logit to loss: sigmoid, ipo or hinge (paper: sigmoid)."""
     label_smoothing: float = 0.0

@@ -21,12 +21,17 @@ from dde_fast.reference import accumulation_dtype, number_of_pairs
 BACKENDS = {
     "reference": ("reference", "ratios"),
     "triton": ("triton_kernels", "triton_ratios", "triton_noise"),
+    "cpp": ("compiled", "ratios"),
 }
 """backend -> modules of `dde_fast` that hold its ops, searched in order."""
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot serve tensors of a device; None if it can."""
+    if backend == "cpp":
+        from dde_fast import compiled
+
+        return compiled.why_not(device)
     if backend != "triton":
         return None
     if importlib.util.find_spec("triton") is None:

@@ -1,0 +1,146 @@
+"""Rewards: hand-computed values, gradients, and behaviour on real and ruined drawings."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dde_fast import embedded
+from dde_fast.rewards import REWARDS, Judge, load_judge, load_reward
+
+
+def drawings(designer: str) -> tuple[torch.Tensor, list[dict]]:
+    rows = [r for r in embedded.art() if r["role"] == "base" and r["designer"] == designer]
+    pixels = [np.asarray(Image.open(io.BytesIO(r["png"]))) for r in rows]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255, rows
+
+
+def test_colourfulness_equals_the_hand_computed_value():
+    # left half pure red, right half pure blue: rg = 255, 0; yb = 127.5, -255
+    image = torch.zeros(1, 3, 4, 4)
+    image[0, 0, :, :2] = 1
+    image[0, 2, :, 2:] = 1
+    spread = math.sqrt((255 / 2) ** 2 + (382.5 / 2) ** 2)
+    mean = math.sqrt(127.5**2 + 63.75**2)
+    score = load_reward("colourfulness")(image, ["face"])
+    assert score.item() == pytest.approx(spread + 0.3 * mean, rel=1e-6)
+
+
+def test_colourfulness_of_grey_is_zero_with_a_finite_gradient():
+    image = torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
+    score = load_reward("colourfulness")(image, ["face"] * 2)
+    score.sum().backward()
+    assert score.tolist() == [0, 0]
+    assert torch.isfinite(image.grad).all()
+
+
+def test_colourfulness_separates_flat_from_line_art():
+    score = load_reward("colourfulness")
+    flat, line = (score(drawings(d)[0], ["face"] * 102) for d in ("flat", "line"))
+    assert flat.min() > 30 and line.max() < 1
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_the_registry_says_what_the_callable_does(name):
+    row, score = REWARDS[name], load_reward(name)
+    images = drawings("flat")[0][:5].clone().requires_grad_(row.differentiable)
+    result = score(images, ["face"] * 5)
+    assert result.shape == {"image": (5,), "set": ()}[row.per]
+    assert torch.isfinite(result).all() and row.about
+    assert result.requires_grad == row.differentiable
+    if row.differentiable:
+        result.sum().backward()
+        assert torch.isfinite(images.grad).all() and images.grad.abs().max() > 0
+    assert load_reward(name) is score  # loaded once
+
+
+@pytest.mark.parametrize("designer", ["flat", "line", "noto"])
+def test_human_score_of_a_real_drawing_is_its_own(designer):
+    ranking = embedded.sentiment()
+    images, rows = drawings(designer)
+    # as line art, the angry and the pouting face are one drawing
+    shared = {"angry face", "pouting face"} if designer == "line" else set()
+    scored = [
+        i for i, row in enumerate(rows) if row["codepoint"] in ranking and row["name"] not in shared
+    ]
+    assert len(scored) >= 56
+    result = load_reward("human_score")(images[scored], ["face"] * len(scored))
+    expected = torch.tensor([ranking[rows[i]["codepoint"]].score for i in scored])
+    assert torch.allclose(result, expected)
+
+
+@pytest.mark.parametrize(
+    "designer,top1,top5", [("flat", 0.9, 0.97), ("line", 0.7, 0.85), ("noto", 0.6, 0.8)]
+)
+def test_judge_recognises_designers_it_never_saw(designer, top1, top5):
+    judge, classes = load_judge()
+    images, rows = drawings(designer)
+    order = judge(images)[:, :-1].argsort(dim=1, descending=True)
+    hit = order == torch.tensor([classes.index(r["name"]) for r in rows])[:, None]
+    measured = {
+        "top1": hit[:, 0].float().mean().item(),
+        "top5": hit[:, :5].any(1).float().mean().item(),
+    }
+    assert measured["top1"] >= top1 and measured["top5"] >= top5
+    reported = json.loads((embedded.TINY / "judge.json").read_text())[
+        "accuracy_on_unseen_designers"
+    ]
+    assert measured == pytest.approx({k: reported[designer][k] for k in measured}, abs=0.011)
+
+
+def test_prompt_match_prefers_the_right_prompt_and_faces_over_ruins():
+    score = load_reward("prompt_match")
+    images, rows = drawings("flat")
+    right = score(images, [r["name"] for r in rows])
+    wrong = score(images, [r["name"] for r in rows[1:] + rows[:1]])
+    assert right.mean() > 0.7 and wrong.mean() < 0.05
+    generator = torch.Generator().manual_seed(0)
+    ruins = {
+        "noise": torch.rand(64, 3, 32, 32, generator=generator),
+        "blank": torch.ones(1, 3, 32, 32),
+        "upside-down halves": torch.cat([images[:, :, 16:], images[:, :, :16]], 2)
+        .flip(3)
+        .roll(8, 3),
+    }
+    assert score(images, ["face"] * len(images)).mean() > 0.95
+    for kind, ruined in ruins.items():
+        assert score(ruined, ["face"] * len(ruined)).mean() < 0.5, kind
+
+
+def test_prompt_match_names_an_unknown_prompt():
+    with pytest.raises(ValueError, match="got 'a red bicycle'"):
+        load_reward("prompt_match")(torch.ones(1, 3, 32, 32), ["a red bicycle"])
+
+
+def test_distinct_counts_emojis_not_images():
+    images, rows = drawings("noto")
+    score = load_reward("distinct")
+    assert score(images, ["face"] * len(images)).item() == len(rows) == 102
+    assert score(images[:1].expand(7, -1, -1, -1), ["face"] * 7).item() == 1
+
+
+def test_larger_images_are_judged_alike():
+    images, rows = drawings("flat")
+    larger = torch.nn.functional.interpolate(images, scale_factor=4, mode="nearest")
+    small, large = (load_reward("distinct")(x, ["face"] * 102) for x in (images, larger))
+    assert large.item() >= 0.95 * small.item()
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match=r"images: expected float \[B, 3, H, W\], got torch.uint8"):
+        load_reward("prompt_match")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["face"])
+    with pytest.raises(ValueError, match="prompts: expected 2, one per image, got 1"):
+        load_reward("prompt_match")(torch.zeros(2, 3, 32, 32), ["face"])
+    with pytest.raises(ValueError, match="rewards: expected some of human_score, .* got 'beauty'"):
+        load_reward("beauty")
+
+
+def test_judge_embedding_is_a_unit_vector():
+    judge = Judge(5).eval()
+    feature = judge.embed(torch.rand(3, 3, 32, 32))
+    assert feature.shape == (3, 128)
+    assert torch.allclose(feature.norm(dim=1), torch.ones(3), atol=1e-5)
