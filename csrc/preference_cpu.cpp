@@ -1,0 +1,139 @@
+// The loss head on the CPU: threads over (pair, chunk), then one pass over pairs in a fixed order.
+// The loops themselves are preference_loops.cpp's.
+
+#include <memory>
+
+#include "cpu.h"
+#include "tensors.h"
+
+namespace dde_fast {
+namespace {
+
+// mean over a row from its chunks' sums, in order
+double mean_of_chunks(const double* partial, int64_t chunks, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < chunks; ++i) sum += partial[i];
+  return sum / static_cast<double>(n);
+}
+
+// Errors, logits, losses and their mean from the chunks' sums [3, 2B, chunks].
+template <class T>
+void finish(const Forward& f, const double* partial, int64_t chunks) {
+  T* policy_error = static_cast<T*>(f.policy_error.data_ptr());
+  T* reference_error = static_cast<T*>(f.reference_error.data_ptr());
+  T* logits = static_cast<T*>(f.logits.data_ptr());
+  T* margin = static_cast<T*>(f.margin.data_ptr());
+  const int64_t rows = 2 * f.pairs;
+  double first = 0, sum = 0;
+  for (int64_t pair = 0; pair < f.pairs; ++pair) {
+    double d[2];
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t row = pair + half * f.pairs;
+      const double e = mean_of_chunks(partial + row * chunks, chunks, f.n);
+      policy_error[row] = static_cast<T>(e);
+      d[half] = e;
+      if (f.reference.data) {
+        const double e_reference = mean_of_chunks(partial + (rows + row) * chunks, chunks, f.n);
+        reference_error[row] = static_cast<T>(e_reference);
+        d[half] = mean_of_chunks(partial + (2 * rows + row) * chunks, chunks, f.n);
+      } else if (f.errors.data) {
+        reference_error[row] = static_cast<T>(element(f.errors, row));
+        d[half] = e - element(f.errors, row);
+      }
+    }
+    logits[pair] = static_cast<T>(logit_of(f.schedule, f.objective, pair, f.pairs, d[0], d[1]));
+    margin[pair] = static_cast<T>(element(f.schedule.margins, timestep_of(f.schedule, pair)));
+    const double loss = link_loss(static_cast<double>(logits[pair]), f.objective);
+    // about the first pair's loss: exact when all are equal, so log 2 stays log 2
+    if (pair == 0) first = loss;
+    sum += loss - first;
+  }
+  *static_cast<T*>(f.loss.data_ptr()) =
+      static_cast<T>(first + sum / static_cast<double>(f.pairs));
+}
+
+void run(Loop loop, const void* task, int64_t tasks) {
+  torch::stable::parallel_for(
+      0, tasks, GRAIN, [=](int64_t begin, int64_t end) { loop(task, begin, end); });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_cpu(
+    Tensor policy,             // [2B, C, H, W], or [B, C, H, W] shared by the pair
+    OptionalTensor reference,  // rows of its own, as policy
+    OptionalTensor errors,     // [2B], the reference's, instead of its prediction
+    Tensor target,             // [2B, C, H, W] or [B, C, H, W]
+    Tensor timesteps,          // int64 [B] or [2B]
+    Tensor weights,            // [T]
+    Tensor margins,            // [T]
+    double beta, double lose_weight, int64_t link, double label_smoothing) {
+  const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
+                               {link, beta, lose_weight, label_smoothing});
+  const int64_t chunks = (f.n + CHUNK - 1) / CHUNK;
+  const std::unique_ptr<double[]> partial(new double[6 * f.pairs * chunks]);
+  const ErrorsTask task{f.policy, f.reference, f.target, f.pairs, f.n, chunks, f.wide,
+                        partial.get()};
+  run(loops().errors, &task, f.pairs * chunks);
+  f.wide ? finish<double>(f, partial.get(), chunks) : finish<float>(f, partial.get(), chunks);
+  return f.outputs();
+}
+
+namespace {
+
+template <class T>
+void factors_of(const Schedule& schedule, const Objective& objective,
+                const OptionalTensor& grad_loss, const OptionalTensor& grad_logits,
+                const OptionalTensor& grad_policy_error, const Tensor& logits, int64_t n,
+                double* factors) {
+  const ScalarType dtype = logits.scalar_type();
+  const int64_t pairs = logits.numel();
+  const T* loss = optional_data<T>(grad_loss, 1, dtype, "grad_loss");
+  const T* at_logits = optional_data<T>(grad_logits, pairs, dtype, "grad_logits");
+  const T* at_error = optional_data<T>(grad_policy_error, 2 * pairs, dtype, "grad_policy_error");
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const double z = static_cast<const T*>(logits.data_ptr())[pair];
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t row = half * pairs + pair;
+      const Incoming<double> incoming{loss ? *loss : 0.0, at_logits ? at_logits[pair] : 0.0,
+                                      at_error ? at_error[row] : 0.0, loss != nullptr};
+      factors[row] = gradient_factor(schedule, objective, incoming, z, pair, half, pairs, n);
+    }
+  }
+}
+
+}  // namespace
+
+void preference_loss_backward_cpu(Tensor gradient,                  // as policy
+                                  OptionalTensor grad_loss,         // []
+                                  OptionalTensor grad_logits,       // [B]
+                                  OptionalTensor grad_policy_error,  // [2B]
+                                  Tensor policy,     // [2B, C, H, W] or [B, C, H, W]
+                                  Tensor target,     // [2B, C, H, W] or [B, C, H, W]
+                                  Tensor timesteps,  // int64 [B] or [2B]
+                                  Tensor logits,     // [B]
+                                  Tensor weights,    // [T]
+                                  double beta, double lose_weight, int64_t link,
+                                  double label_smoothing) {
+  const int64_t pairs = logits.numel(), n = policy.numel() / policy.size(0);
+  const Rows o = rows_of(policy, pairs, n, "policy"), y = rows_of(target, pairs, n, "target");
+  const Rows g = rows_of(gradient, pairs, n, "gradient");
+  STD_TORCH_CHECK(g.rows == o.rows && g.dtype == o.dtype, "gradient: expected one like policy");
+  const Schedule schedule = schedule_of(timesteps, weights, nullptr, pairs);
+  const Objective objective{link, beta, lose_weight, label_smoothing};
+  const bool wide_logits = column_of(logits, pairs, "logits").wide;
+  const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+  const std::unique_ptr<double[]> factors(new double[2 * pairs]);
+  const auto form = wide_logits ? factors_of<double> : factors_of<float>;
+  form(schedule, objective, grad_loss, grad_logits, grad_policy_error, logits, n, factors.get());
+  const bool wide = wide_logits || o.dtype == F64 || y.dtype == F64;
+  const GradientTask task{o, y, gradient.data_ptr(), pairs, n, chunks, wide, factors.get()};
+  run(loops().gradient, &task, pairs * chunks);
+}
+
+}  // namespace dde_fast
+
+STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CPU, m) {
+  m.impl("preference_loss", TORCH_BOX(&dde_fast::preference_loss_cpu));
+  m.impl("preference_loss_backward", TORCH_BOX(&dde_fast::preference_loss_backward_cpu));
+}

@@ -1,0 +1,145 @@
+// From torch tensors to the plain views of rows.h, with the checks that keep memory safe; and the
+// arguments of the raw ops as CPU and CUDA both read them. Shapes were checked in Python already.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "noise.h"
+#include "preference.h"
+
+namespace dde_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return F32;
+    case ScalarType::Double:
+      return F64;
+    case ScalarType::Half:
+      return F16;
+    case ScalarType::BFloat16:
+      return BF16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
+  }
+}
+
+// [rows, …], dense, one row behind the other; the order inside a row is the caller's business
+inline Rows rows_of(const Tensor& x, int64_t pairs, int64_t n, const char* name) {
+  const int64_t rows = x.size(0);
+  STD_TORCH_CHECK(rows == pairs || rows == 2 * pairs, name, ": expected ", pairs, " or ", 2 * pairs,
+                  " rows, got ", rows);
+  int64_t last = 0;
+  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
+  STD_TORCH_CHECK(x.numel() == rows * n && (rows == 1 || x.stride(0) == n) && last == rows * n - 1,
+                  name, ": expected ", rows, " dense rows of ", n, " elements");
+  return {x.data_ptr(), rows, dtype_of(x, name)};
+}
+
+inline void check_vector(const Tensor& x, int64_t size, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(x.numel() == size && x.is_contiguous(), name, ": expected ", size,
+                  " contiguous elements, got ", x.numel());
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, ": unexpected dtype");
+}
+
+inline Column column_of(const Tensor& x, int64_t size, const char* name) {
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  check_vector(x, size, wide ? ScalarType::Double : ScalarType::Float, name);
+  return {x.data_ptr(), wide};
+}
+
+template <class T>
+const T* optional_data(const OptionalTensor& x, int64_t size, ScalarType dtype, const char* name) {
+  if (!x) return nullptr;
+  check_vector(*x, size, dtype, name);
+  return static_cast<const T*>(x->data_ptr());
+}
+
+inline Schedule schedule_of(const Tensor& timesteps, const Tensor& weights, const Tensor* margins,
+                            int64_t pairs) {
+  const int64_t steps = weights.numel();
+  const bool halves = timesteps.numel() == 2 * pairs;
+  check_vector(timesteps, halves ? 2 * pairs : pairs, ScalarType::Long, "timesteps");
+  const Column margin = margins ? column_of(*margins, steps, "margins") : Column{nullptr, false};
+  return {static_cast<const int64_t*>(timesteps.data_ptr()), column_of(weights, steps, "weights"),
+          margin, steps, halves};
+}
+
+inline Stream stream_of(const Tensor& pair_ids, const Tensor& draws, int64_t seed) {
+  const int64_t pairs = pair_ids.numel();
+  STD_TORCH_CHECK(pairs > 0, "pair_ids: expected some");
+  check_vector(pair_ids, pairs, ScalarType::Long, "pair_ids");
+  check_vector(draws, pairs, ScalarType::Long, "draws");
+  return {static_cast<const int64_t*>(pair_ids.data_ptr()),
+          static_cast<const int64_t*>(draws.data_ptr()), static_cast<uint64_t>(seed)};
+}
+
+// elements of each of B rows
+inline int64_t row_size(const Tensor& x, int64_t pairs, const char* name) {
+  STD_TORCH_CHECK(x.numel() % pairs == 0 && x.is_contiguous(), name, ": expected ", pairs,
+                  " contiguous rows");
+  return x.numel() / pairs;
+}
+
+inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> sizes, bool wide) {
+  return torch::stable::empty({sizes.begin(), sizes.size()},
+                              wide ? ScalarType::Double : ScalarType::Float, std::nullopt,
+                              like.device());
+}
+
+// What the forward reads and writes.
+struct Forward {
+  Rows policy, reference, target;  // reference.data null: not read
+  Column errors;                   // [2B], the reference's cached errors; data null: none
+  Schedule schedule;
+  Objective objective;
+  int64_t pairs, n;
+  bool wide;
+  Tensor loss, logits, policy_error, reference_error, margin;
+
+  bool has_reference() const { return reference.data || errors.data; }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
+    return {loss, logits, policy_error, reference_error, margin};
+  }
+};
+
+inline Forward forward_of(const Tensor& policy, const OptionalTensor& reference,
+                          const OptionalTensor& errors, const Tensor& target,
+                          const Tensor& timesteps, const Tensor& weights, const Tensor& margins,
+                          const Objective& objective) {
+  Forward f{};
+  const int64_t rows = policy.size(0) > target.size(0) ? policy.size(0) : target.size(0);
+  STD_TORCH_CHECK(rows > 0 && rows % 2 == 0, "policy: expected an even batch, got ", rows);
+  f.pairs = rows / 2;
+  f.n = policy.numel() / policy.size(0);
+  STD_TORCH_CHECK(f.n > 0, "policy: expected elements");
+  f.policy = rows_of(policy, f.pairs, f.n, "policy");
+  f.target = rows_of(target, f.pairs, f.n, "target");
+  f.wide = f.policy.dtype == F64 || f.target.dtype == F64;
+  if (reference) {
+    f.reference = rows_of(*reference, f.pairs, f.n, "reference");
+    f.wide = f.wide || f.reference.dtype == F64;
+  } else if (errors) {
+    f.errors = column_of(*errors, rows, "reference");
+  }
+  f.schedule = schedule_of(timesteps, weights, &margins, f.pairs);
+  f.objective = objective;
+  f.loss = empty_like_of(policy, {}, f.wide);
+  f.logits = empty_like_of(policy, {f.pairs}, f.wide);
+  f.policy_error = empty_like_of(policy, {rows}, f.wide);
+  f.reference_error = empty_like_of(policy, {f.has_reference() ? rows : 0}, f.wide);
+  f.margin = empty_like_of(policy, {f.pairs}, f.wide);
+  return f;
+}
+
+}  // namespace dde_fast

@@ -1,0 +1,200 @@
+"""The compiled extension as a backend: loads the libraries of `csrc/` when first used.
+
+The functions have the names, arguments and results of `dde_fast.reference`'s and are served by the
+raw ops of `torch.ops.dde_fast_cpp`. Importing this module loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dde_fast.reference import accumulation_dtype, same_layout
+
+LINK = {"sigmoid": 0, "ipo": 1, "hinge": 2, "linear": 3}
+"""Numbers of the links in csrc/preference.h."""
+
+
+@cache
+def _load(library: str) -> str | None:
+    """Load `_cpu` or `_cuda`; why that failed, or None."""
+    found = sorted(Path(__file__).parent.glob(f"{library}.*.so"))
+    if not found:
+        return f"dde_fast/{library} was not built (no compiler at installation?)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"dde_fast/{found[0].name} does not load: {error.__cause__ or error}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces, and must not look in
+def _why_not(device_type: str) -> str | None:
+    if device_type not in ("cpu", "cuda", "meta"):
+        return f"the compiled extension has no kernels for {device_type} tensors"
+    reason = _load("_cpu")  # holds the schemas of both
+    if reason is None and device_type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        reason = _load("_cuda")
+    return reason
+
+
+def why_not(device: torch.device | str) -> str | None:
+    """Why the extension cannot serve tensors of a device; None if it can."""
+    return _why_not(torch.device(device).type)
+
+
+def _ops(device: torch.device):
+    reason = _why_not(device.type)
+    if reason:
+        raise RuntimeError(reason)
+    return torch.ops.dde_fast_cpp
+
+
+def isa(wanted: str = "") -> str:
+    """Name of the CPU instruction set in use: "baseline", "avx2" or "avx512".
+
+    Args:
+        wanted: a set to change to from now on, for tests and comparisons; the environment variable
+            DDE_FAST_CPU does the same from the start. Without either it is the best there is.
+
+    Raises:
+        RuntimeError: this machine lacks the set, or the extension is not there.
+    """
+    return _ops(torch.device("cpu")).isa(wanted)
+
+
+def _timesteps(timesteps: Tensor) -> Tensor:
+    return timesteps.to(torch.int64).contiguous()
+
+
+def preference_loss(
+    policy: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
+    reference: Tensor | None,  # as policy, or its errors [2B], or None
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # [B] or [2B]
+    weights: Tensor,  # [T]
+    margins: Tensor,  # [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """`dde_fast.reference.preference_loss` in one pass over the inputs (CUDA: two launches)."""
+    ops, errors = _ops(policy.device), None
+    if reference is not None and reference.dim() == 1:
+        wide = accumulation_dtype(policy, target)
+        reference, errors = None, reference.to(wide).contiguous()
+    if reference is None:
+        policy, target = same_layout(policy, target)
+    else:
+        policy, reference, target = same_layout(policy, reference, target)
+    loss, logits, policy_error, reference_error, margin = ops.preference_loss(
+        policy,
+        reference,
+        errors,
+        target,
+        _timesteps(timesteps),
+        weights.contiguous(),
+        margins.contiguous(),
+        beta,
+        lose_weight,
+        LINK[link],
+        label_smoothing,
+    )
+    missing = reference is None and errors is None
+    return loss, logits, policy_error, None if missing else reference_error, margin
+
+
+def preference_loss_backward(
+    grad_loss: Tensor | None,  # []
+    grad_logits: Tensor | None,  # [B]
+    grad_policy_error: Tensor | None,  # [2B]
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # [B] or [2B]
+    logits: Tensor,  # [B]
+    weights: Tensor,  # [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+) -> Tensor:
+    """`dde_fast.reference.preference_loss_backward` in one pass, one launch."""
+    incoming = [
+        None if x is None else x.to(logits.dtype).contiguous()
+        for x in (grad_loss, grad_logits, grad_policy_error)
+    ]
+    gradient = torch.empty_like(policy)
+    # the gradient is written in its own memory order, so the inputs must have that one too
+    policy, target, out = same_layout(policy, target, gradient)
+    _ops(policy.device).preference_loss_backward(
+        out,
+        *incoming,
+        policy,
+        target,
+        _timesteps(timesteps),
+        logits.contiguous(),
+        weights.contiguous(),
+        beta,
+        lose_weight,
+        LINK[link],
+        label_smoothing,
+    )
+    return out if out.stride() == gradient.stride() else gradient.copy_(out)
+
+
+def pair_noise(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    shape: Sequence[int],
+    seed: int,
+) -> Tensor:
+    """`dde_fast.reference.pair_noise` in one launch, float32 [B, *shape]."""
+    noise = torch.empty((len(pair_ids), *shape), dtype=torch.float32, device=pair_ids.device)
+    ops = _ops(noise.device)
+    ops.pair_noise(noise, pair_ids.contiguous(), draws.contiguous(), seed)
+    return noise
+
+
+def pair_uniform(
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    choice: int,
+    seed: int,
+) -> Tensor:
+    """`dde_fast.reference.pair_uniform` in one launch, float32 [B]."""
+    uniform = torch.empty(len(pair_ids), dtype=torch.float32, device=pair_ids.device)
+    ops = _ops(uniform.device)
+    ops.pair_uniform(uniform, pair_ids.contiguous(), draws.contiguous(), choice, seed)
+    return uniform
+
+
+def add_noise(
+    latents: Tensor,  # [2B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    alphas_cumprod: Tensor,  # [T]
+    pair_ids: Tensor,  # int64 [B]
+    draws: Tensor,  # int64 [B]
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`dde_fast.reference.add_noise` in one launch: each normal is made once for both halves."""
+    noisy = torch.empty(latents.shape, dtype=dtype, device=latents.device)
+    noise = torch.empty((len(pair_ids), *latents.shape[1:]), dtype=dtype, device=latents.device)
+    _ops(latents.device).add_noise(
+        noisy,
+        noise,
+        latents.contiguous(),
+        _timesteps(timesteps),
+        alphas_cumprod.contiguous(),
+        pair_ids.contiguous(),
+        draws.contiguous(),
+        seed,
+    )
+    return noisy, noise

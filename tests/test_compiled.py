@@ -1,0 +1,338 @@
+"""The compiled extension: every instruction set this machine has, threads, layouts, the build."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from dde_fast import compiled, reference
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+REASON = compiled.why_not(CPU)
+needs_extension = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDS = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**62 + 3, -1])
+DRAWS = torch.tensor([0, 7, 2**31, 2**32 - 1, 1, 0])
+
+
+def instruction_sets() -> list[str]:
+    found = []
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            found.append(compiled.isa(name))
+        except RuntimeError:
+            pass
+    compiled.isa(found[-1])
+    return found
+
+
+ISAS = instruction_sets() if REASON is None else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = compiled.isa()
+    yield compiled.isa(request.param)
+    compiled.isa(before)
+
+
+def arguments(
+    dtypes=FLOATS[:1] * 3,
+    pairs=3,
+    shape=(4, 9, 7),
+    rows=(2, 2, 2),
+    mode="prediction",
+    link="sigmoid",
+    make=lambda x: x,
+):
+    """Of `preference_loss`; `rows` of policy, reference and target are 2 or 1 per pair."""
+    generator = torch.Generator().manual_seed(pairs)
+    o, r, y = (torch.randn(n * pairs, *shape, generator=generator).to(dtype) for n, dtype in zip(rows, dtypes, strict=True))  # fmt: skip
+    errors = torch.rand(2 * pairs, generator=generator)
+    r = {"prediction": make(r), "errors": errors, "none": None}[mode]
+    t = torch.linspace(0, 9, pairs).long()
+    weights, margins = torch.linspace(0.1, 2, 10), torch.linspace(-0.1, 0.1, 10)
+    return make(o), r, make(y), t, weights, margins, 5.0, 0.7, link, 0.1
+
+
+def run(module, args):
+    """Outputs and gradient; every way in which a gradient can arrive is used."""
+    out = module.preference_loss(*args)
+    policy, _, target, t, weights, _, *constants = args
+    logits = out[1]
+    incoming = (torch.tensor(2.0), torch.linspace(-1, 1, len(logits)), torch.ones(2 * len(logits)))
+    incoming = [x.to(logits.dtype) for x in incoming]
+    gradient = module.preference_loss_backward(
+        *incoming, policy, target, t, logits, weights, *constants
+    )
+    return [*out, gradient]
+
+
+def to_double(args):
+    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]  # fmt: skip
+
+
+def check(args):
+    """|extension - fp64| ≤ |eager - fp64| + rounding of the largest thing summed."""
+    truth, eager, fast = run(reference, to_double(args)), run(reference, args), run(compiled, args)
+    tolerance = 1e-6 if fast[0].dtype == torch.float32 else 1e-13
+    for i, (exact, a, b) in enumerate(zip(truth, eager, fast, strict=True)):
+        if exact is None:
+            assert a is None and b is None
+            continue
+        assert b.dtype == a.dtype and b.shape == a.shape and b.stride() == a.stride()
+        largest = exact.abs().max().clamp(min=1 if i < 5 else 0)
+        # a 16-bit gradient is rounded once
+        rounding = torch.finfo(b.dtype).eps if b.dtype.itemsize == 2 else tolerance
+        excess = (b.double() - exact).abs() - (a.double() - exact).abs()
+        assert (excess <= tolerance * largest + rounding * exact.abs()).all(), (i, excess.max())
+
+
+@needs_extension
+@pytest.mark.parametrize("policy", FLOATS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_dtypes(isa, policy, target):
+    for ref in FLOATS:
+        check(arguments((policy, ref, target)))
+
+
+@needs_extension
+@pytest.mark.parametrize("mode", ["prediction", "errors", "none"])
+@pytest.mark.parametrize("rows", [(2, 2, 2), (2, 2, 1), (1, 1, 2)])
+def test_shared_rows_references_and_links(isa, rows, mode):
+    for link in reference.LINKS:
+        check(arguments(rows=rows, mode=mode, link=link))
+        check(arguments((torch.bfloat16,) * 3, rows=rows, mode=mode, link=link))
+
+
+@needs_extension
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 511, 513, 4095, 4096, 4097, 12345])
+def test_any_size_and_alignment(isa, n):
+    """Odd rows put every other row off any alignment; so does a storage offset."""
+
+    def shifted(x):
+        storage = torch.empty(x.numel() + 3, dtype=x.dtype)
+        return storage[3:].reshape(x.shape).copy_(x)
+
+    for dtype in FLOATS:
+        check(arguments((dtype,) * 3, pairs=2, shape=(n,), make=shifted))
+
+
+@needs_extension
+def test_layouts(isa):
+    def last(x):
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def sliced(x):
+        return torch.cat([x, x], 1)[:, : x.shape[1]]
+
+    for make in (last, sliced):
+        check(arguments(make=make))
+        check(arguments(rows=(1, 1, 2), make=make))
+    o, r, y, *rest = arguments()
+    check([last(o), r, y, *rest])
+    check([o, last(r), sliced(y), *rest])
+
+
+@needs_extension
+def test_all_instruction_sets_and_threads_give_the_same_bits():
+    threads, before = torch.get_num_threads(), compiled.isa()
+    seen = []
+    try:
+        for name in ISAS:
+            for count in (1, 2, 3):
+                compiled.isa(name)
+                torch.set_num_threads(count)
+                outputs = []
+                for dtype in FLOATS:
+                    args = arguments((dtype,) * 3, pairs=5, shape=(4, 65, 63))
+                    outputs += run(compiled, args)
+                    abar, t = torch.linspace(0.9, 0.1, 10), args[3]
+                    noised = (args[0], t, abar, IDS[:5], DRAWS[:5], 3, dtype)
+                    outputs += compiled.add_noise(*noised)
+                seen.append(outputs)
+    finally:
+        torch.set_num_threads(threads)
+        compiled.isa(before)
+    for outputs in seen[1:]:
+        assert all(a.equal(b) for a, b in zip(outputs, seen[0], strict=True))
+
+
+@needs_extension
+def test_equal_models_give_log_2_and_an_invalid_number_shows(isa):
+    args = list(arguments(pairs=7))
+    args[1], args[5], args[9] = args[0].clone(), torch.zeros(10), 0.0
+    loss, logits, *_ = compiled.preference_loss(*args)
+    assert loss.item() == torch.tensor(2.0).log().item() and not logits.any()
+    for value in (float("nan"), float("inf")):
+        bad = args[0].clone()
+        bad[3, 0, 0, 0] = value
+        out = run(compiled, [bad, *args[1:]])
+        assert not out[0].isfinite() and out[1].isfinite().logical_not().nonzero().tolist() == [[3]]
+        assert not out[5][3].isfinite().all()
+    for t, wrong in (([0, 10, 5], 1), ([-1, 3, 5], 0), ([1, 2, 3, 1, 2, 4], 2)):
+        _, logits, *_ = compiled.preference_loss(
+            *arguments()[:3], torch.tensor(t), *arguments()[4:]
+        )
+        assert logits.isnan().nonzero().flatten().tolist() == [wrong]
+
+
+@needs_extension
+def test_sixteen_bits_are_rounded_to_nearest_even(isa):
+    """Each value of both formats, and everything halfway between two, as torch rounds it."""
+    for dtype in (torch.bfloat16, torch.float16):
+        values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        values = values[values.isfinite()]
+        wide = values.float()
+        ties = (wide[1:] + wide[:-1]) / 2
+        x = torch.cat([wide, ties, ties * (1 + 1e-6), wide * 1.7, torch.tensor([1e38, 7e4, 65519.0, 65520.0])])  # fmt: skip
+        latents, one = torch.stack([x, x]), torch.ones(1)
+        # signal √1 and sigma 0: the latents pass through
+        noisy, _ = compiled.add_noise(
+            latents, torch.zeros(1).long(), one, IDS[:1], DRAWS[:1], 0, dtype
+        )
+        assert noisy[0].equal(x.to(dtype))
+        back, _ = compiled.add_noise(
+            noisy, torch.zeros(1).long(), one, IDS[:1], DRAWS[:1], 0, torch.float32
+        )
+        assert back.equal(noisy.float())
+
+
+def words(blocks, ids, draws, first_block, seed):
+    out = torch.empty(len(ids), blocks, 4, dtype=torch.int64)
+    torch.ops.dde_fast_cpp.pair_words(out, ids, draws, first_block, seed)
+    return out
+
+
+@needs_extension
+def test_published_philox_vectors():
+    """Random123's known answers for philox4x32 with 10 rounds."""
+    counter = torch.tensor([[0] * 4, [-1] * 4, [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]])
+    keys = (0, -1, 0x299F31D0A4093822)
+    answers = ("6627e8d5 e169c58d bc57ac4c 9b00dbd8", "408f276d 41c83b0e a20bc7c6 6d5451fd",
+               "d16cfe09 94fdcceb 5001e420 24126ea1")  # fmt: skip
+    for (block, low, high, draw), key, answer in zip(counter.tolist(), keys, answers, strict=True):
+        pair_id = -1 if low == -1 else high << 32 | low
+        (made,) = words(1, torch.tensor([pair_id]), torch.tensor([draw]), block, key).reshape(1, 4)
+        assert " ".join(f"{w:08x}" for w in made.tolist()) == answer
+
+
+@needs_extension
+def test_noise_is_the_reference_stream(isa):
+    for seed in (0, 1, -3, 2**62 + 11):
+        u = [m.pair_uniform(IDS, DRAWS, 2**16 - 1, seed) for m in (reference, compiled)]
+        assert u[0].equal(u[1])
+        for shape in ((1,), (3, 5), (4, 33, 7), (2, 1030)):
+            n = [m.pair_noise(IDS, DRAWS, shape, seed) for m in (reference, compiled)]
+            torch.testing.assert_close(n[1], n[0], rtol=0, atol=1e-6)
+    n = [m.pair_noise(IDS, DRAWS, (4, 212, 212), 5) for m in (reference, compiled)]
+    assert n[0].numel() > 10**6 and (n[1] - n[0]).abs().max() <= 1e-6
+
+
+@needs_extension
+@pytest.mark.parametrize("made", FLOATS)
+@pytest.mark.parametrize("given", FLOATS)
+def test_add_noise(isa, given, made):
+    abar, t = torch.linspace(0.999, 0.004, 10, dtype=torch.float64), torch.tensor([0, 9, 5])
+    for shape in ((4, 8, 8), (3, 31, 33), (1,)):
+        latents = torch.randn(6, *shape).to(given)
+        args = (latents, t, abar, IDS[:3], DRAWS[:3], 9, made)
+        for a, b in zip(reference.add_noise(*args), compiled.add_noise(*args), strict=True):
+            assert b.dtype == made
+            tolerance = 2e-6 if made.itemsize > 2 else 2 * torch.finfo(made).eps
+            torch.testing.assert_close(b, a, rtol=tolerance, atol=2e-6)
+
+
+@needs_extension
+def test_no_memory_beyond_the_outputs():
+    args = arguments(pairs=4, shape=(4, 64, 64))
+    run(compiled, args)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run(compiled, args)
+    allocated = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
+    assert allocated <= args[0].numel() * 4 + 4096
+
+
+@needs_extension
+def test_refusals_keep_memory_safe():
+    op = torch.ops.dde_fast_cpp.preference_loss
+    o, r, y, t, weights, margins, *_ = arguments()
+    rest = (weights, margins, 5.0, 0.7, 0, 0.1)
+    with pytest.raises(RuntimeError, match="target: expected 3 or 6 rows, got 2"):
+        op(o, r, None, y[:2], t, *rest)
+    with pytest.raises(RuntimeError, match="target: expected 6 dense rows of 252"):
+        op(o, r, None, y[:, :2], t, *rest)
+    with pytest.raises(RuntimeError, match="timesteps: expected 3"):
+        op(o, r, None, y, t[:2], *rest)
+    with pytest.raises(RuntimeError, match="policy: expected float32"):
+        op(o.long(), r, None, y, t, *rest)
+    with pytest.raises(RuntimeError, match="DDE_FAST_CPU: expected baseline, avx2 or avx512"):
+        compiled.isa("altivec")
+
+
+@needs_extension
+def test_the_environment_chooses_the_instruction_set():
+    code = "from dde_fast import compiled; print(compiled.isa())"
+    environment = {**os.environ, "DDE_FAST_CPU": "baseline"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert result.stdout.strip() == "baseline", result.stderr
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    assert "no kernels for xpu" in compiled.why_not("xpu")
+    if not torch.cuda.is_available() and REASON is None:
+        assert compiled.why_not("cuda") == "torch sees no CUDA device"
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    assert "was not built" in compiled._load.__wrapped__("_cpu")
+    (tmp_path / "_cpu.abi3.so").write_text("no library")
+    assert "does not load: " in compiled._load.__wrapped__("_cpu")
+
+
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed")
+def test_cuda_kernels_compile(tmp_path, monkeypatch):
+    """Warning-free (nvcc is told to refuse any), no spills, 16-byte loads in the fast kernels.
+
+    One architecture here for time; the build makes them all."""
+    monkeypatch.chdir(ROOT)
+    commands = SETUP["cuda_commands"](SETUP["find_torch"](), SETUP["find_nvcc"](), archs=(90,))
+    running = []
+    for command in commands:
+        folder = tmp_path / Path(command[-1]).stem
+        folder.mkdir()
+        command = [*command, "-c", "-o", f"{folder}/object.o", "--keep", f"--keep-dir={folder}"]
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))  # fmt: skip
+    for process in running:
+        log, _ = process.communicate()
+        assert process.returncode == 0, log
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+        assert frames and all(frame == ("0", "0") for frame in frames), log
+    ptx = "".join(path.read_text() for path in tmp_path.glob("preference_cuda/*.ptx"))
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.S))
+    fast = {name: body for name, body in bodies.items() if re.search("(errors|gradient)_kernel", name)}  # fmt: skip
+    assert len(fast) >= 18
+    for name, body in fast.items():
+        assert body.count("ld.global.nc.v4") >= 4, name
+        assert not re.search(r"ld\.global\.nc\.(u16|b16|f32|f64)", body), name
+
+
+@pytest.mark.skipif(REASON is not None or sysconfig.get_platform() != "linux-x86_64", reason="ELF")
+def test_instruction_set_files_leak_nothing():
+    """A function compiled for AVX-512 under a shared name could become the one every CPU runs."""
+    objects = {}
+    for command in SETUP["cpu_commands"](Path(torch.__file__).parent):
+        if command[-1].endswith("_loops.cpp"):
+            assembly = subprocess.run([*command, "-S", "-O1", "-o", "-"], cwd=ROOT, capture_output=True, text=True).stdout  # fmt: skip
+            shared = re.findall(r"\.(?:weak|globl)\s+(_Z\w+)", assembly)
+            objects[tuple(command)] = shared
+    names = [name for shared in objects.values() for name in shared]
+    assert len(names) == len(set(names)) == 9, names
