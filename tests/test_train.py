@@ -5,126 +5,30 @@ the runs left behind.
 """
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import diffusers
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from train_runs import (, fails
+    BF16,
+    HALF,
+    OBJECTIVE_STEPS,
+    ROOT,
+    STEPS,
+    Folder,
+    environment,
+    free_port,
+    stage,
+)
 
-from dde_fast import checkpoint, train
+from dde_fast import checkpoint
 from dde_fast.objectives import OBJECTIVES
-
-ROOT = Path(__file__).parent.parent
-STEPS = 6
-OBJECTIVE_STEPS = 2
-
-
-def environment(**more: str) -> dict[str, str]:
-    """One thread per rank; no launcher's variables; the package from here."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in launcher}
-    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-class Folder:
-    """The inputs and the runs of these tests."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.model = tiny.make_model(path / "model")
-        self.pairs = tiny.write_pairs(path / "train.parquet", tiny.rows())
-
-    def args(self, name: str, output: str = "", ds: dict | None = None, **flags) -> list[str]:
-        """Flags of a run called `name`."""
-        ds_path = tiny.write_ds(self.path / f"{name}.json", **(ds or {}))
-        flags = {
-            "model": self.model,
-            "pairs": self.pairs,
-            "deepspeed_config": ds_path,
-            "output": self.path / (output or name),
-            "steps": STEPS,
-            "log_every": 1,
-            "save_every": 0,
-            "learning_rate": 1e-3,
-            "warmup_steps": 2,
-            "beta": 1.0,
-            "caption_dropout": 0.3,
-            "timestep_high": 800,
-            "adam_eps": 1e-4,
-            **flags,
-        }
-        return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
-
-    def work(self, jobs: list[dict], ranks: int, name: str) -> str:
-        """Run jobs in `ranks` processes; what rank 0 printed."""
-        path = self.path / f"{name}.jobs"
-        path.write_text(json.dumps(jobs))
-        port, processes = free_port(), []
-        for rank in range(ranks):
-            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            log = open(self.path / f"{name}.{rank}.log", "w+")
-            command = [sys.executable, str(ROOT / "tests/train_worker.py"), str(path)]
-            process = subprocess.Popen(
-                command, env=environment(**variables), stdout=log, stderr=log, text=True
-            )
-            processes.append((process, log))
-        try:
-            for process, log in processes:
-                code = process.wait(timeout=400)
-                log.seek(0)
-                assert code == 0, log.read()[-4000:]
-        finally:
-            for process, _ in processes:
-                process.kill()
-        return (self.path / f"{name}.0.log").read_text()
-
-    def losses(self, name: str) -> torch.Tensor:
-        return torch.tensor([record["loss"] for record in self.metrics(name)])
-
-    def metrics(self, name: str) -> list[dict]:
-        lines = (self.path / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def unet(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.path / name / "unet/diffusion_pytorch_model.safetensors")
-
-    def ratios(self, name: str) -> torch.Tensor:
-        path = self.path / name / f"checkpoints/step-{STEPS:08d}/ratios.safetensors"
-        path = path if path.exists() else self.path / name / "ratios.safetensors"
-        return load_file(path)["ratios"]
-
-    def distance(self, a: str, b: str) -> float:
-        """Largest difference of two trained UNets, relative to what training changed."""
-        start = load_file(self.model / "unet/diffusion_pytorch_model.safetensors")
-        a, b = self.unet(a), self.unet(b)
-        assert a.keys() == b.keys() == start.keys()
-        moved = max((a[key] - start[key]).abs().max() for key in a)
-        assert moved > 1e-5
-        return float(max((a[key] - b[key]).abs().max() for key in a) / moved)
-
-
-def stage(number: int, **more) -> dict:
-    return {"zero_optimization": {"stage": number}, **more}
-
-
-BF16 = {"bf16": {"enabled": True}}
-HALF = {"train_micro_batch_size_per_gpu": 2}
 
 
 @pytest.fixture(scope="module")
@@ -342,126 +246,6 @@ def test_sigterm_saves_and_exits_0(folder):
     assert not (folder.path / "stopped/unet").exists()
 
 
-def deepspeed(folder: Folder, *args: str) -> subprocess.CompletedProcess:
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", free_port()]
-    command += [str(ROOT / "dde_fast/train.py"), "--deepspeed_config", str(ROOT / "ds.json"), *args]
-    return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, cwd=folder.path
-    )
-
-
-def test_the_deepspeed_launcher_runs_the_embedded_default(folder):
-    done = deepspeed(folder, "--steps", "2", "--log_every", "1")
-    assert done.returncode == 0, done.stderr[-4000:]
-    run = folder.path / "outputs/faces-dde"
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["loss"] == pytest.approx(0.693147, abs=1e-6)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(run / "unet")
-    assert sum(p.numel() for p in unet.parameters()) > 1e6
-
-
-def test_bad_input_through_the_launcher_is_one_line_and_exit_2(folder):
-    done = deepspeed(folder, "--stepz", "2")
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if "dde_fast" in line]
-    assert lines == [
-        "dde_fast: error: command line: Unrecognized options: --stepz, 2; --help lists every flag"
-    ]
-
-
-def drop_column(rows: list[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "jpg_1"} for row in rows]
-
-
-def all_ties(rows: list[dict]) -> list[dict]:
-    return [row | {"label_0": 0.5, "label_1": 0.5} for row in rows]
-
-
-BAD = {
-    "unknown flag": (["--stepz", "3"], "Unrecognized options: --stepz"),
-    "no number": (["--steps", "many"], "--steps"),
-    "no value": (["--steps"], "--steps"),
-    "unknown preset": (["--preset", "cats"], "preset: expected one of"),
-    "unknown objective": (["--objective", "ppo"], "objective: expected one of"),
-    "no steps": (["--steps", "0"], "steps: expected at least 1, got 0"),
-    "negative rate": (["--learning_rate", "-1"], "learning_rate: expected"),
-    "empty range": (["--timestep_low", "9", "--timestep_high", "9"], "timestep_high: expected"),
-    "range too long": (["--timestep_high", "1001"], "expected 0 <= low < high <= 1000"),
-    "smoothing and hinge": (["--link", "hinge", "--label_smoothing", "0.1"], "label_smoothing:"),
-    "unknown link": (["--link", "tanh"], "link: expected one of"),
-    "sft with a link": (["--objective", "sft", "--link", "ipo"], "link: objective 'sft'"),
-    "unknown backend": (["--backend", "tpu"], "backend: expected one of"),
-    "no such pairs": (["--pairs", "nowhere.parquet"], "pairs: expected a parquet file or a folder"),
-    "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
-    "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
-    "nothing to resume": (["--resume", "latest"], "resume: expected a complete checkpoint"),
-    "no such checkpoint": (["--resume", "away/step-00000001"], "resume: expected a complete"),
-}
-
-
-def fails(args: list[str], capfd) -> str:
-    """The one line of stderr of a run that must end with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(args)
-    assert stop.value.code == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("dde_fast: error: ")
-    return lines[0]
-
-
-@pytest.mark.parametrize("name", list(BAD))
-def test_bad_flags_are_one_line_and_exit_2(folder, capfd, name):
-    flags, message = BAD[name]
-    assert message in fails(folder.args("bad") + flags, capfd)
-    assert not (folder.path / "bad").exists()
-
-
-BAD_JSON = {
-    "unknown key": ({"zero_optimisation": {"stage": 1}}, "['zero_optimisation']"),
-    "bf16 stage 0": ({"bf16": {"enabled": True}}, "expected 1, 2 or 3 with 16 bits"),
-    "batches": ({"train_batch_size": 5}, "train_batch_size: expected"),
-    "no stage": ({"zero_optimization": {"stage": 4}}, "expected 0 to 3, got 4"),
-    "auto": ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "params.momentum"),
-}
-
-
-@pytest.mark.parametrize("name", list(BAD_JSON))
-def test_bad_json_is_one_line_and_exit_2(folder, capfd, name):
-    ds, message = BAD_JSON[name]
-    assert message in fails(folder.args("bad", ds=ds), capfd)
-
-
-def test_what_deepspeed_refuses_is_one_line_and_exit_2(folder):
-    ds = stage(1, **{"fp16": {"enabled": False, "loss_skale": 0}})
-    command = [sys.executable, "-m", "dde_fast.train", *folder.args("bad", ds=ds)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("dde_fast: error: deepspeed_config: ")
-    assert "loss_skale" in done.stderr
-
-
-def test_broken_files_are_one_line_and_exit_2(folder, capfd):
-    broken = folder.path / "broken"
-    broken.write_text("{not json")
-    assert "deepspeed_config: expected JSON" in fails(
-        [*folder.args("bad"), "--deepspeed_config", str(broken)], capfd
-    )
-    assert "pairs: expected a parquet file" in fails(
-        [*folder.args("bad"), "--pairs", str(broken)], capfd
-    )
-    half = folder.path / "half.parquet"
-    half.write_bytes(folder.pairs.read_bytes()[:-100])
-    assert "pairs: expected a parquet file" in fails(
-        [*folder.args("bad"), "--pairs", str(half)], capfd
-    )
-    missing = tiny.write_pairs(folder.path / "missing.parquet", drop_column(tiny.rows()))
-    assert "without ['jpg_1']" in fails([*folder.args("bad"), "--pairs", str(missing)], capfd)
-    ties = tiny.write_pairs(folder.path / "ties.parquet", all_ties(tiny.rows()))
-    assert "12 tied" in fails([*folder.args("bad"), "--pairs", str(ties)], capfd)
-
-
 def test_only_the_same_run_continues(alone, capfd, monkeypatch):
     def resume(**flags):
         ds = stage(1) if "ds" not in flags else flags.pop("ds")
@@ -481,39 +265,3 @@ def test_only_the_same_run_continues(alone, capfd, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "resume: expected 1 ranks" in resume(ds=stage(1, **HALF))
-
-
-def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as stop:
-        train.main(folder.args("bad", steps=0))
-    assert stop.value.code == 2
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("damage", ["marker", "file", "size", "json"])
-def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
-    for step in (1, 2):
-        path = tmp_path / f"step-{step:08d}"
-        path.mkdir()
-        (path / "weights").write_bytes(b"1234")
-        state = {"step": step, "position": 4 * step, "world_size": 1, "identity": {}}
-        (path / "state.json").write_text(json.dumps(state))
-        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-        (path / checkpoint.MARKER).write_text(json.dumps(sizes))
-    assert checkpoint.find("latest", tmp_path)[0].step == 2
-    newest = tmp_path / "step-00000002"
-    if damage == "marker":
-        (newest / checkpoint.MARKER).unlink()
-    elif damage == "file":
-        (newest / "weights").unlink()
-    elif damage == "size":
-        (newest / "weights").write_bytes(b"12")
-    else:
-        (newest / checkpoint.MARKER).write_text("{")
-    found, torn = checkpoint.find("latest", tmp_path)
-    assert found.step == 1 and torn == ["step-00000002"]
-    with pytest.raises(ValueError, match="only torn ones"):
-        checkpoint.find(str(newest), tmp_path)

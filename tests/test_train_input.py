@@ -1,0 +1,163 @@
+"""The trainer and bad input: one clear line, exit code 2, nothing lost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny
+from train_runs import ROOT, Folder, environment, fails, free_port, stage
+
+from dde_fast import checkpoint, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Folder:
+    return Folder(tmp_path_factory.mktemp("train"))
+
+
+def deepspeed(folder: Folder, *args: str) -> subprocess.CompletedProcess:
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", free_port()]
+    command += [str(ROOT / "dde_fast/train.py"), "--deepspeed_config", str(ROOT / "ds.json"), *args]
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=300, cwd=folder.path
+    )
+
+
+def test_the_deepspeed_launcher_runs_the_embedded_default(folder):
+    done = deepspeed(folder, "--steps", "2", "--log_every", "1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = folder.path / "outputs/faces-dde"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["loss"] == pytest.approx(0.693147, abs=1e-6)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(run / "unet")
+    assert sum(p.numel() for p in unet.parameters()) > 1e6
+
+
+def test_bad_input_through_the_launcher_is_one_line_and_exit_2(folder):
+    done = deepspeed(folder, "--stepz", "2")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if "dde_fast" in line]
+    assert lines == [
+        "dde_fast: error: command line: Unrecognized options: --stepz, 2; --help lists every flag"
+    ]
+
+
+def drop_column(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "jpg_1"} for row in rows]
+
+
+def all_ties(rows: list[dict]) -> list[dict]:
+    return [row | {"label_0": 0.5, "label_1": 0.5} for row in rows]
+
+
+BAD = {
+    "unknown flag": (["--stepz", "3"], "Unrecognized options: --stepz"),
+    "no number": (["--steps", "many"], "--steps"),
+    "no value": (["--steps"], "--steps"),
+    "unknown preset": (["--preset", "cats"], "preset: expected one of"),
+    "unknown objective": (["--objective", "ppo"], "objective: expected one of"),
+    "no steps": (["--steps", "0"], "steps: expected at least 1, got 0"),
+    "negative rate": (["--learning_rate", "-1"], "learning_rate: expected"),
+    "empty range": (["--timestep_low", "9", "--timestep_high", "9"], "timestep_high: expected"),
+    "range too long": (["--timestep_high", "1001"], "expected 0 <= low < high <= 1000"),
+    "smoothing and hinge": (["--link", "hinge", "--label_smoothing", "0.1"], "label_smoothing:"),
+    "unknown link": (["--link", "tanh"], "link: expected one of"),
+    "sft with a link": (["--objective", "sft", "--link", "ipo"], "link: objective 'sft'"),
+    "unknown backend": (["--backend", "tpu"], "backend: expected one of"),
+    "no such pairs": (["--pairs", "nowhere.parquet"], "pairs: expected a parquet file or a folder"),
+    "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
+    "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
+    "nothing to resume": (["--resume", "latest"], "resume: expected a complete checkpoint"),
+    "no such checkpoint": (["--resume", "away/step-00000001"], "resume: expected a complete"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_bad_flags_are_one_line_and_exit_2(folder, capfd, name):
+    flags, message = BAD[name]
+    assert message in fails(folder.args("bad") + flags, capfd)
+    assert not (folder.path / "bad").exists()
+
+
+BAD_JSON = {
+    "unknown key": ({"zero_optimisation": {"stage": 1}}, "['zero_optimisation']"),
+    "bf16 stage 0": ({"bf16": {"enabled": True}}, "expected 1, 2 or 3 with 16 bits"),
+    "batches": ({"train_batch_size": 5}, "train_batch_size: expected"),
+    "no stage": ({"zero_optimization": {"stage": 4}}, "expected 0 to 3, got 4"),
+    "auto": ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "params.momentum"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_JSON))
+def test_bad_json_is_one_line_and_exit_2(folder, capfd, name):
+    ds, message = BAD_JSON[name]
+    assert message in fails(folder.args("bad", ds=ds), capfd)
+
+
+def test_what_deepspeed_refuses_is_one_line_and_exit_2(folder):
+    ds = stage(1, **{"fp16": {"enabled": False, "loss_skale": 0}})
+    command = [sys.executable, "-m", "dde_fast.train", *folder.args("bad", ds=ds)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("dde_fast: error: deepspeed_config: ")
+    assert "loss_skale" in done.stderr
+
+
+def test_broken_files_are_one_line_and_exit_2(folder, capfd):
+    broken = folder.path / "broken"
+    broken.write_text("{not json")
+    assert "deepspeed_config: expected JSON" in fails(
+        [*folder.args("bad"), "--deepspeed_config", str(broken)], capfd
+    )
+    assert "pairs: expected a parquet file" in fails(
+        [*folder.args("bad"), "--pairs", str(broken)], capfd
+    )
+    half = folder.path / "half.parquet"
+    half.write_bytes(folder.pairs.read_bytes()[:-100])
+    assert "pairs: expected a parquet file" in fails(
+        [*folder.args("bad"), "--pairs", str(half)], capfd
+    )
+    missing = tiny.write_pairs(folder.path / "missing.parquet", drop_column(tiny.rows()))
+    assert "without ['jpg_1']" in fails([*folder.args("bad"), "--pairs", str(missing)], capfd)
+    ties = tiny.write_pairs(folder.path / "ties.parquet", all_ties(tiny.rows()))
+    assert "12 tied" in fails([*folder.args("bad"), "--pairs", str(ties)], capfd)
+
+
+def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        train.main(folder.args("bad", steps=0))
+    assert stop.value.code == 2
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damage", ["marker", "file", "size", "json"])
+def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
+    for step in (1, 2):
+        path = tmp_path / f"step-{step:08d}"
+        path.mkdir()
+        (path / "weights").write_bytes(b"1234")
+        state = {"step": step, "position": 4 * step, "world_size": 1, "identity": {}}
+        (path / "state.json").write_text(json.dumps(state))
+        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+        (path / checkpoint.MARKER).write_text(json.dumps(sizes))
+    assert checkpoint.find("latest", tmp_path)[0].step == 2
+    newest = tmp_path / "step-00000002"
+    if damage == "marker":
+        (newest / checkpoint.MARKER).unlink()
+    elif damage == "file":
+        (newest / "weights").unlink()
+    elif damage == "size":
+        (newest / "weights").write_bytes(b"12")
+    else:
+        (newest / checkpoint.MARKER).write_text("{")
+    found, torn = checkpoint.find("latest", tmp_path)
+    assert found.step == 1 and torn == ["step-00000002"]
+    with pytest.raises(ValueError, match="only torn ones"):
+        checkpoint.find(str(newest), tmp_path)
