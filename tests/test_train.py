@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from train_runs import (, fails
+from train_runs import (
     BF16,
     HALF,
     OBJECTIVE_STEPS,
@@ -23,6 +23,7 @@ from train_runs import (, fails
     STEPS,
     Folder,
     environment,
+    fails,
     free_port,
     stage,
 )
