@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import math
 
 import numpy as np
@@ -225,3 +226,8 @@ def test_autoencoder_keeps_the_drawings():
     assert abs(latents.mean()) < 0.2 and 0.8 < latents.std() < 1.2
     mse = (recon - images).square().mean(dim=(1, 2, 3)) / 4
     assert -10 * mse.log10().mean() > 26  # dB
+
+
+def test_no_config_tells_where_it_was_made():
+    for path in embedded.model_path().glob("*/*.json"):
+        assert "_name_or_path" not in json.loads(path.read_text(encoding="utf-8")), path

@@ -141,6 +141,15 @@ def train_vae(args: argparse.Namespace) -> None:
         mine = torch.tensor([d == designer for d in designers])
         print(f"reconstruction, {designer}: {-10 * mse[mine].log10().mean():.2f} dB", flush=True)
     vae.half().save_pretrained(args.output / "vae")
+    forget_folder(args.output)
+
+
+def forget_folder(folder: Path) -> None:
+    """Drop from the saved configs where on this machine their weights were loaded from."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def shift_and_tint(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -339,6 +348,7 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    forget_folder(folder)
     pipeline.to(torch.float32)
     with torch.no_grad():
         for p, k in zip(parameters, kept, strict=True):
