@@ -110,6 +110,25 @@ def style() -> TrainConfig:
 PRESETS: dict[str, Callable[[], TrainConfig]] = {"faces": faces, "style": style}
 
 
+def parse_command_line(kind: type, args: Sequence[str] | None, **options: Any) -> Any:
+    """`tyro.cli` whose complaint is one line.
+
+    Raises:
+        ValueError: what tyro says of an unknown flag or a value of the wrong kind.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=args, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # tyro explains in a box of several lines; its first row says what is wrong
+        rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
+        message = " ".join(rows[: next(i for i, row in enumerate(rows) if set(row) <= set("─╰╯"))])
+        raise ValueError(f"command line: {message}; --help lists every flag") from None
+
+
 def parse(args: Sequence[str] | None = None) -> TrainConfig:
     """The configuration of a command line, checked.
 
@@ -123,17 +142,7 @@ def parse(args: Sequence[str] | None = None) -> TrainConfig:
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     args = [part for arg in args for part in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            config = tyro.cli(TrainConfig, args=args, default=PRESETS[preset]())
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # tyro explains in a box of several lines; its first row says what is wrong
-        rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
-        message = " ".join(rows[: next(i for i, row in enumerate(rows) if set(row) <= set("─╰╯"))])
-        raise ValueError(f"command line: {message}; --help lists every flag") from None
+    config = parse_command_line(TrainConfig, args, default=PRESETS[preset]())
     check(config)
     config.output = config.output or f"outputs/{config.preset}-{config.objective}"
     return config

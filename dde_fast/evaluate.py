@@ -9,9 +9,7 @@ evaluation.json and grid.png.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import platform
 import subprocess
@@ -27,13 +25,13 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-import tyro
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
 import dde_fast
 from dde_fast import embedded
+from dde_fast.config import parse_command_line
 from dde_fast.noise import pair_noise
 from dde_fast.report import format_table, grid
 from dde_fast.rewards import REWARDS, load_reward
@@ -84,16 +82,7 @@ class Evaluation:
 
 def parse(args: Sequence[str] | None = None) -> Evaluation:
     """The configuration of a command line. Raises ValueError with one line for what is wrong."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            config = tyro.cli(Evaluation, args=args)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
-        end = next(i for i, row in enumerate(rows) if set(row) <= set("─╰╯"))
-        raise ValueError(f"command line: {' '.join(rows[:end])}; --help lists every flag") from None
+    config = parse_command_line(Evaluation, args)
     check(config)
     return config
 
