@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# idle OpenMP threads sleep: spinning, they would slow whatever else runs on the same cores
+export OMP_WAIT_POLICY := passive
+
 .PHONY: install demo test lint
 
 install: $(VENV)/installed

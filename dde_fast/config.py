@@ -289,12 +289,29 @@ def _fill_auto(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
                     f"{sorted(known)}), got 'auto'"
                 )
             params[key] = known[key] if value == "auto" else value
-    if "optimizer" in ds and ds["optimizer"]["type"].lower() in ("adam", "adamw"):
+    kind = ds.get("optimizer", {}).get("type")
+    if kind is not None and not _is_optimizer(kind):
+        raise ValueError(
+            f"deepspeed_config: optimizer.type: expected an optimizer of DeepSpeed (AdamW, Lion, …) "
+            f"or torch.optim, got {kind!r}"
+        )
+    if kind is not None and kind.lower() in ("adam", "adamw"):
         params, zero = ds["optimizer"]["params"], ds.get("zero_optimization", {})
         if "offload_optimizer" not in zero and params.setdefault("torch_adam", True):
             # PyTorch's own fused Adam; DeepSpeed's would be compiled at the first use
             params.setdefault("fused", True)
     return ds
+
+
+def _is_optimizer(kind: Any) -> bool:
+    """Whether DeepSpeed finds an optimizer by this name."""
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    if not isinstance(kind, str):
+        return False
+    found = getattr(torch.optim, kind, None)
+    own = isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+    return own or kind.lower() in DEEPSPEED_OPTIMIZERS
 
 
 def _batches(ds: dict[str, Any], world_size: int) -> tuple[int, int, int]:
