@@ -16,45 +16,115 @@ double mean_of_chunks(const double* partial, int64_t chunks, int64_t n) {
   return sum / static_cast<double>(n);
 }
 
-// Errors, logits, losses and their mean from the chunks' sums [3, 2B, chunks].
+// Where a forward's results go.
 template <class T>
-void finish(const Forward& f, const double* partial, int64_t chunks) {
-  T* policy_error = static_cast<T*>(f.policy_error.data_ptr());
-  T* reference_error = static_cast<T*>(f.reference_error.data_ptr());
-  T* logits = static_cast<T*>(f.logits.data_ptr());
-  T* margin = static_cast<T*>(f.margin.data_ptr());
+struct Results {
+  T *loss, *logits, *policy_error, *reference_error, *margin;
+
+  explicit Results(const Forward& f)
+      : loss(static_cast<T*>(f.loss.data_ptr())),
+        logits(static_cast<T*>(f.logits.data_ptr())),
+        policy_error(static_cast<T*>(f.policy_error.data_ptr())),
+        reference_error(static_cast<T*>(f.reference_error.data_ptr())),
+        margin(static_cast<T*>(f.margin.data_ptr())) {}
+};
+
+// A pair's errors, logit and margin from its chunks' sums [3, 2B, chunks].
+template <class T>
+void finish_pair(const Forward& f, const double* partial, int64_t chunks, int64_t pair,
+                 const Results<T>& out) {
   const int64_t rows = 2 * f.pairs;
-  double first = 0, sum = 0;
-  for (int64_t pair = 0; pair < f.pairs; ++pair) {
-    double d[2];
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t row = pair + half * f.pairs;
-      const double e = mean_of_chunks(partial + row * chunks, chunks, f.n);
-      policy_error[row] = static_cast<T>(e);
-      d[half] = e;
-      if (f.reference.data) {
-        const double e_reference = mean_of_chunks(partial + (rows + row) * chunks, chunks, f.n);
-        reference_error[row] = static_cast<T>(e_reference);
-        d[half] = mean_of_chunks(partial + (2 * rows + row) * chunks, chunks, f.n);
-      } else if (f.errors.data) {
-        reference_error[row] = static_cast<T>(element(f.errors, row));
-        d[half] = e - element(f.errors, row);
-      }
+  double d[2];
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t row = pair + half * f.pairs;
+    const double e = mean_of_chunks(partial + row * chunks, chunks, f.n);
+    out.policy_error[row] = static_cast<T>(e);
+    d[half] = e;
+    if (f.reference.data) {
+      const double e_reference = mean_of_chunks(partial + (rows + row) * chunks, chunks, f.n);
+      out.reference_error[row] = static_cast<T>(e_reference);
+      d[half] = mean_of_chunks(partial + (2 * rows + row) * chunks, chunks, f.n);
+    } else if (f.errors.data) {
+      out.reference_error[row] = static_cast<T>(element(f.errors, row));
+      d[half] = e - element(f.errors, row);
     }
-    logits[pair] = static_cast<T>(logit_of(f.schedule, f.objective, pair, f.pairs, d[0], d[1]));
-    margin[pair] = static_cast<T>(element(f.schedule.margins, timestep_of(f.schedule, pair)));
-    const double loss = link_loss(static_cast<double>(logits[pair]), f.objective);
-    // about the first pair's loss: exact when all are equal, so log 2 stays log 2
-    if (pair == 0) first = loss;
-    sum += loss - first;
   }
-  *static_cast<T*>(f.loss.data_ptr()) =
-      static_cast<T>(first + sum / static_cast<double>(f.pairs));
+  out.logits[pair] = static_cast<T>(logit_of(f.schedule, f.objective, pair, f.pairs, d[0], d[1]));
+  out.margin[pair] = static_cast<T>(element(f.schedule.margins, timestep_of(f.schedule, pair)));
+}
+
+// The pairs' mean loss, about the first pair's: exact when all are equal, so log 2 stays log 2.
+template <class T>
+void finish_loss(const Forward& f, const Results<T>& out) {
+  const double first = link_loss(static_cast<double>(out.logits[0]), f.objective);
+  double sum = 0;
+  for (int64_t pair = 1; pair < f.pairs; ++pair) {
+    sum += link_loss(static_cast<double>(out.logits[pair]), f.objective) - first;
+  }
+  *out.loss = static_cast<T>(first + sum / static_cast<double>(f.pairs));
 }
 
 void run(Loop loop, const void* task, int64_t tasks) {
   torch::stable::parallel_for(
       0, tasks, GRAIN, [=](int64_t begin, int64_t end) { loop(task, begin, end); });
+}
+
+int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
+
+template <class T>
+void forward(const Forward& f) {
+  const int64_t chunks = chunks_of(f.n);
+  const std::unique_ptr<double[]> partial(new double[6 * f.pairs * chunks]);
+  const ErrorsTask task{f.policy, f.reference, f.target, f.pairs, f.n, chunks, f.wide,
+                        partial.get()};
+  run(loops().errors, &task, f.pairs * chunks);
+  const Results<T> out(f);
+  for (int64_t pair = 0; pair < f.pairs; ++pair) finish_pair(f, partial.get(), chunks, pair, out);
+  finish_loss(f, out);
+}
+
+// Forward, and d loss / d policy. A thread takes whole pairs, so that the gradient finds in its
+// cache what the errors left there; with too few pairs for that, all threads share each.
+template <class T>
+void forward_with_gradient(const Forward& f, void* gradient) {
+  const int64_t chunks = chunks_of(f.n);
+  const std::unique_ptr<double[]> partial(new double[6 * f.pairs * chunks]);
+  const std::unique_ptr<double[]> factors(new double[2 * f.pairs]);
+  const ErrorsTask errors{f.policy, f.reference, f.target, f.pairs, f.n, chunks, f.wide,
+                          partial.get()};
+  const GradientTask task{f.policy, f.target, gradient, f.pairs, f.n, chunks, f.wide,
+                          factors.get()};
+  const Results<T> out(f);
+  const auto finish = [&](int64_t pair) {
+    finish_pair(f, partial.get(), chunks, pair, out);
+    const double z = static_cast<double>(out.logits[pair]);
+    for (int64_t half = 0; half < 2; ++half) {
+      factors[half * f.pairs + pair] = gradient_factor(
+          f.schedule, f.objective, Incoming<double>{1, 0, 0, true}, z, pair, half, f.pairs, f.n);
+    }
+  };
+  if (f.pairs >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    const int64_t grain = (GRAIN + chunks - 1) / chunks;
+    torch::stable::parallel_for(0, f.pairs, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        loops().errors(&errors, pair * chunks, (pair + 1) * chunks);
+        finish(pair);
+        loops().gradient(&task, pair * chunks, (pair + 1) * chunks);
+      }
+    });
+  } else {
+    run(loops().errors, &errors, f.pairs * chunks);
+    for (int64_t pair = 0; pair < f.pairs; ++pair) finish(pair);
+    run(loops().gradient, &task, f.pairs * chunks);
+  }
+  finish_loss(f, out);
+}
+
+Rows gradient_rows(const Tensor& gradient, const Rows& policy, int64_t pairs, int64_t n) {
+  const Rows g = rows_of(gradient, pairs, n, "gradient");
+  STD_TORCH_CHECK(g.rows == policy.rows && g.dtype == policy.dtype,
+                  "gradient: expected one like policy");
+  return g;
 }
 
 }  // namespace
@@ -70,12 +140,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_cpu(
     double beta, double lose_weight, int64_t link, double label_smoothing) {
   const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});
-  const int64_t chunks = (f.n + CHUNK - 1) / CHUNK;
-  const std::unique_ptr<double[]> partial(new double[6 * f.pairs * chunks]);
-  const ErrorsTask task{f.policy, f.reference, f.target, f.pairs, f.n, chunks, f.wide,
-                        partial.get()};
-  run(loops().errors, &task, f.pairs * chunks);
-  f.wide ? finish<double>(f, partial.get(), chunks) : finish<float>(f, partial.get(), chunks);
+  f.wide ? forward<double>(f) : forward<float>(f);
+  return f.outputs();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_with_gradient_cpu(
+    Tensor gradient,           // as policy
+    Tensor policy,             // [2B, C, H, W], or [B, C, H, W] shared by the pair
+    OptionalTensor reference,  // rows of its own, as policy
+    OptionalTensor errors,     // [2B], the reference's, instead of its prediction
+    Tensor target,             // [2B, C, H, W] or [B, C, H, W]
+    Tensor timesteps,          // int64 [B] or [2B]
+    Tensor weights,            // [T]
+    Tensor margins,            // [T]
+    double beta, double lose_weight, int64_t link, double label_smoothing) {
+  const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
+                               {link, beta, lose_weight, label_smoothing});
+  void* g = const_cast<void*>(gradient_rows(gradient, f.policy, f.pairs, f.n).data);
+  f.wide ? forward_with_gradient<double>(f, g) : forward_with_gradient<float>(f, g);
   return f.outputs();
 }
 
@@ -117,12 +199,11 @@ void preference_loss_backward_cpu(Tensor gradient,                  // as policy
                                   double label_smoothing) {
   const int64_t pairs = logits.numel(), n = policy.numel() / policy.size(0);
   const Rows o = rows_of(policy, pairs, n, "policy"), y = rows_of(target, pairs, n, "target");
-  const Rows g = rows_of(gradient, pairs, n, "gradient");
-  STD_TORCH_CHECK(g.rows == o.rows && g.dtype == o.dtype, "gradient: expected one like policy");
+  gradient_rows(gradient, o, pairs, n);
   const Schedule schedule = schedule_of(timesteps, weights, nullptr, pairs);
   const Objective objective{link, beta, lose_weight, label_smoothing};
   const bool wide_logits = column_of(logits, pairs, "logits").wide;
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+  const int64_t chunks = chunks_of(n);
   const std::unique_ptr<double[]> factors(new double[2 * pairs]);
   const auto form = wide_logits ? factors_of<double> : factors_of<float>;
   form(schedule, objective, grad_loss, grad_logits, grad_policy_error, logits, n, factors.get());
@@ -135,5 +216,6 @@ void preference_loss_backward_cpu(Tensor gradient,                  // as policy
 
 STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CPU, m) {
   m.impl("preference_loss", TORCH_BOX(&dde_fast::preference_loss_cpu));
+  m.impl("preference_loss_with_gradient", TORCH_BOX(&dde_fast::preference_loss_with_gradient_cpu));
   m.impl("preference_loss_backward", TORCH_BOX(&dde_fast::preference_loss_backward_cpu));
 }

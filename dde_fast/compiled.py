@@ -73,6 +73,32 @@ def _timesteps(timesteps: Tensor) -> Tensor:
     return timesteps.to(torch.int64).contiguous()
 
 
+def _forward_arguments(policy, reference, target, timesteps, weights, margins, *constants):
+    """The raw op's: reference's prediction and its errors apart, everything in one memory order."""
+    errors = None
+    if reference is not None and reference.dim() == 1:
+        wide = accumulation_dtype(policy, target)
+        reference, errors = None, reference.to(wide).contiguous()
+    if reference is None:
+        policy, target = same_layout(policy, target)
+    else:
+        policy, reference, target = same_layout(policy, reference, target)
+    beta, lose_weight, link, label_smoothing = constants
+    return (
+        policy,
+        reference,
+        errors,
+        target,
+        _timesteps(timesteps),
+        weights.contiguous(),
+        margins.contiguous(),
+        beta,
+        lose_weight,
+        LINK[link],
+        label_smoothing,
+    )
+
+
 def preference_loss(
     policy: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
     reference: Tensor | None,  # as policy, or its errors [2B], or None
@@ -86,29 +112,41 @@ def preference_loss(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """`dde_fast.reference.preference_loss` in one pass over the inputs (CUDA: two launches)."""
-    ops, errors = _ops(policy.device), None
-    if reference is not None and reference.dim() == 1:
-        wide = accumulation_dtype(policy, target)
-        reference, errors = None, reference.to(wide).contiguous()
-    if reference is None:
-        policy, target = same_layout(policy, target)
-    else:
-        policy, reference, target = same_layout(policy, reference, target)
-    loss, logits, policy_error, reference_error, margin = ops.preference_loss(
-        policy,
-        reference,
-        errors,
-        target,
-        _timesteps(timesteps),
-        weights.contiguous(),
-        margins.contiguous(),
-        beta,
-        lose_weight,
-        LINK[link],
-        label_smoothing,
+    constants = (beta, lose_weight, link, label_smoothing)
+    arguments = _forward_arguments(
+        policy, reference, target, timesteps, weights, margins, *constants
     )
-    missing = reference is None and errors is None
-    return loss, logits, policy_error, None if missing else reference_error, margin
+    loss, logits, error, reference_error, margin = _ops(policy.device).preference_loss(*arguments)
+    return loss, logits, error, None if reference is None else reference_error, margin
+
+
+def preference_loss_with_gradient(
+    policy: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
+    reference: Tensor | None,  # as policy, or its errors [2B], or None
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # [B] or [2B]
+    weights: Tensor,  # [T]
+    margins: Tensor,  # [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """`preference_loss` and, last, d loss / d policy from the same pass: a pair's gradient is
+    written while its inputs are still in the cache."""
+    constants = (beta, lose_weight, link, label_smoothing)
+    arguments = _forward_arguments(
+        policy, reference, target, timesteps, weights, margins, *constants
+    )
+    gradient = torch.empty_like(policy)
+    # written in its own memory order, like the policy it is read from
+    out = gradient if gradient.stride() == arguments[0].stride() else torch.empty_like(arguments[0])
+    loss, logits, error, reference_error, margin = _ops(
+        policy.device
+    ).preference_loss_with_gradient(out, *arguments)
+    reference_error = None if reference is None else reference_error
+    gradient = out if out is gradient else gradient.copy_(out)
+    return loss, logits, error, reference_error, margin, gradient
 
 
 def preference_loss_backward(

@@ -178,7 +178,10 @@ class PreferenceLoss(nn.Module):
         elif reference is None:
             raise ValueError(f"reference: objective {self.objective.name!r} needs it, got None")
         _check_inputs(policy, reference, target, timesteps, self.weights)
-        loss, logits, policy_error, reference_error, margin = ops.preference_loss(
+        backend = ops.resolve_backend(self.backend, policy.device)
+        with_gradient = ops.gradient_with_forward(backend, policy)
+        op = ops.preference_loss_with_gradient if with_gradient else ops.preference_loss
+        loss, logits, policy_error, reference_error, margin, *_ = op(
             policy,
             reference,
             target,
@@ -189,7 +192,7 @@ class PreferenceLoss(nn.Module):
             self.objective.lose_weight,
             self.link,
             self.label_smoothing,
-            ops.resolve_backend(self.backend, policy.device),
+            backend,
         )
         if reference is None:
             reference_error = None
@@ -200,7 +203,7 @@ class PreferenceLoss(nn.Module):
                 reference_error,
                 timesteps.long(),
                 self.observation_scale,
-                ops.resolve_backend(self.backend, policy.device),
+                backend,
             )
             if self.auto_update:
                 self.update_ratios()

@@ -25,6 +25,9 @@ BACKENDS = {
 }
 """backend -> modules of `dde_fast` that hold its ops, searched in order."""
 
+WITH_GRADIENT = ("cpp",)
+"""Backends that can make the gradient in the forward's pass."""
+
 
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot serve tensors of a device; None if it can."""
@@ -56,6 +59,13 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     if reason:
         raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
     return backend
+
+
+def gradient_with_forward(backend: str, policy: Tensor) -> bool:
+    """Whether to make the gradient in the forward's pass: not in fp16, whose range needs the loss
+    scale that only the backward knows."""
+    wanted = torch.is_grad_enabled() and policy.requires_grad
+    return wanted and backend in WITH_GRADIENT and policy.dtype != torch.float16
 
 
 @functools.cache
@@ -98,27 +108,25 @@ def preference_loss(
     The formula is `dde_fast.reference.preference_loss`'s. Differentiable in `policy` alone.
     """
     _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
-    loss, logits, policy_error, reference_error, margin = _op(backend, "preference_loss")(
-        policy,
-        reference,
-        target,
-        timesteps,
-        weights,
-        margins,
-        beta,
-        lose_weight,
-        link,
-        label_smoothing,
+    constants = (beta, lose_weight, link, label_smoothing)
+    out = _op(backend, "preference_loss")(
+        policy, reference, target, timesteps, weights, margins, *constants
     )
+    return _owned(out, reference)
+
+
+def _owned(out, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results as an op may return them: all there, none an alias of an input."""
+    loss, logits, policy_error, reference_error, margin = out
     if reference_error is None:
         reference_error = policy_error.new_empty(0)
     elif reference_error is reference:
-        reference_error = reference.clone()  # an op's result may not alias its input
+        reference_error = reference.clone()
     return loss, logits, policy_error, reference_error, margin
 
 
 @preference_loss.register_fake
-def _(policy, reference, target, timesteps, weights, margins, *_):
+def _fake_results(policy, reference, target, timesteps, weights, margins, *_):
     rows = 2 * number_of_pairs(policy, target)
     cached = reference is not None and reference.dim() == 1
     dtype = accumulation_dtype(policy, None if cached else reference, target)
@@ -164,18 +172,56 @@ def _(grad_loss, grad_logits, grad_policy_error, policy, *_):
     return torch.empty_like(policy)
 
 
+@torch.library.custom_op("dde_fast::preference_loss_with_gradient", mutates_args=())
+def preference_loss_with_gradient(
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    weights: Tensor,  # float32 [T]
+    margins: Tensor,  # float32 [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`preference_loss`, and d loss / d policy made in the same pass for the backward to come.
+
+    For backends in `WITH_GRADIENT`; differentiable in `policy` alone, through the first five.
+    """
+    constants = (beta, lose_weight, link, label_smoothing)
+    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
+    *out, gradient = _op(backend, "preference_loss_with_gradient")(
+        policy, reference, target, timesteps, weights, margins, *constants
+    )
+    return *_owned(out, reference), gradient
+
+
+@preference_loss_with_gradient.register_fake
+def _(policy, *args):
+    return *_fake_results(policy, *args), torch.empty_like(policy)
+
+
 def _setup_context(ctx, inputs, output):
     policy, _, target, timesteps, weights, _, *constants = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3], output[4])
-    ctx.save_for_backward(policy, target, timesteps, output[1], weights)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.save_for_backward(policy, target, timesteps, output[1], weights, *output[5:])
     ctx.constants = constants
 
 
-def _backward(ctx, grad_loss, grad_logits, grad_policy_error, _grad_reference, _grad_margin):
-    policy, target, timesteps, logits, weights = ctx.saved_tensors
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether the host may look and sees 1, as after `loss.backward()`."""
+    return type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+
+
+def _backward(ctx, grad_loss, grad_logits, grad_policy_error, *_):
+    policy, target, timesteps, logits, weights, *made = ctx.saved_tensors
     if grad_loss is None and grad_logits is None and grad_policy_error is None:
         return (None,) * 11
+    if made and grad_loss is not None and grad_logits is None and grad_policy_error is None:
+        return made[0] if _is_one(grad_loss) else made[0] * grad_loss, *(None,) * 10
     gradient = torch.ops.dde_fast.preference_loss_backward(
         grad_loss,
         grad_logits,
@@ -191,6 +237,7 @@ def _backward(ctx, grad_loss, grad_logits, grad_policy_error, _grad_reference, _
 
 
 preference_loss.register_autograd(_backward, setup_context=_setup_context)
+preference_loss_with_gradient.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("dde_fast::observe_ratios", mutates_args=("sums",))

@@ -299,47 +299,67 @@ def test_invalid_timesteps_make_nan_where_the_host_may_not_look():
             assert logits.isnan().nonzero().flatten().tolist() == [bad]
 
 
-@pytest.mark.parametrize("backend", FAST)
-def test_ratio_ops_are_the_reference(backend):
-    """Observe and update on a full-length and an odd table, empty ones and NaN included."""
-    for steps, decay in ((1000, 0.9), (37, 0.0)):
-        generator = torch.Generator().manual_seed(steps)
-        states = {}
-        scale = torch.rand(steps, generator=generator)
-        batches = [torch.rand(2, 10, generator=generator) for _ in range(3)]
-        batches[1][0, 2] = float("nan")
-        batches[2][1, 9] = float("inf")
-        times = [torch.randint(0, steps, (5,), generator=generator) for _ in range(3)]
-        times[0][0] = times[0][1] = steps - 1
-        for name in ("reference", backend):
-            ratios = torch.rand(4, steps, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-            margins = torch.zeros(steps, device=DEVICE)
-            sums = torch.zeros(5, steps, dtype=torch.float64, device=DEVICE)
-            for (policy, ref), t in zip(batches, times, strict=True):
-                args = (x.to(DEVICE) for x in (policy, ref, t, scale))
-                ops.observe_ratios(sums, *args, name)
-            seen = sums.clone()
-            ops.update_ratios(ratios, margins, sums, decay, name)
-            assert not sums.any()
-            states[name] = (seen, ratios, margins)
-        assert states[backend][0][4].sum() == 13
-        for fast, exact in zip(states[backend], states["reference"], strict=True):
-            torch.testing.assert_close(fast, exact, rtol=2e-7, atol=1e-6 if exact.dim() == 1 else 0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ratio_ops_opcheck(backend):
-    sums = torch.zeros(5, 10, dtype=torch.float64, device=DEVICE)
-    error, t = torch.rand(4, device=DEVICE), torch.tensor([1, 9], device=DEVICE)
-    scale = torch.rand(10, device=DEVICE)
-    torch.library.opcheck(
-        torch.ops.dde_fast.observe_ratios, (sums, error, error, t, scale, backend)
-    )
-    table = torch.rand(4, 10, device=DEVICE)
-    torch.library.opcheck(torch.ops.dde_fast.update_ratios, (table, scale, sums, 0.9, backend))
-
-
 def test_backends_resolve():
     assert ops.resolve_backend("auto", torch.device("cpu")) == "reference"
     with pytest.raises(ValueError, match="backend: expected one of"):
         ops.resolve_backend("opencl", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", [b for b in ops.WITH_GRADIENT if b in BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 3, 4, 6, 8)])
+def test_gradient_with_the_forward_is_the_backwards(case, dtype, backend):
+    """Same bits from one op as from two, for few pairs and many, in every layout."""
+    args = list(arguments(**case, dtype=dtype, backend=backend))
+    if case["shape"] == (4, 9, 7):
+        args[0] = args[0].contiguous(memory_format=torch.channels_last)
+    *out, gradient = ops.preference_loss_with_gradient(*args)
+    expected = ops.preference_loss(*args)
+    policy, _, target, timesteps, weights, _, *constants = args
+    backward = ops.preference_loss_backward(
+        torch.ones_like(out[0]), None, None, policy, target, timesteps, out[1], weights, *constants
+    )
+    for a, b in zip((*out, gradient), (*expected, backward), strict=True):
+        assert a.equal(b) and a.stride() == b.stride()
+    args[0] = args[0].requires_grad_()
+    torch.library.opcheck(torch.ops.dde_fast.preference_loss_with_gradient, tuple(args))
+
+
+@pytest.mark.parametrize("backend", [b for b in ops.WITH_GRADIENT if b in BACKENDS])
+def test_gradient_with_the_forward_serves_every_backward(backend):
+    """A scaled loss, a second backward, and gradients that arrive elsewhere than at the loss."""
+    base = arguments(pairs=4, backend=backend)
+    inputs, table = base[:4], scaled_linear()
+    loss_fn = PreferenceLoss("dde-single", alphas_cumprod=table, beta=20.0, backend=backend)
+    loss_fn = loss_fn.to(DEVICE)
+    eager = PreferenceLoss("dde-single", alphas_cumprod=table, beta=20.0, backend="reference")
+    eager = eager.to(DEVICE)
+    wholes = (
+        lambda out: out.loss,
+        lambda out: out.loss * 0.3,
+        lambda out: out.logits.square().mean(),
+        lambda out: out.loss + out.policy_error.sum(),
+    )
+    for whole in wholes:
+        gradients = []
+        for module in (loss_fn, eager):
+            policy = inputs[0].detach().requires_grad_()
+            total = whole(module(policy, *inputs[1:]))
+            (once,) = torch.autograd.grad(total, policy, retain_graph=True)
+            kept = once.clone()
+            (again,) = torch.autograd.grad(2 * total, policy)
+            assert once.equal(kept)  # the second backward left the first's result alone
+            torch.testing.assert_close(again, 2 * once)
+            gradients.append(once)
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+
+
+def test_fp16_gradients_wait_for_the_loss_scale():
+    """Made with the forward, a small fp16 gradient would be 0 before the scale reaches it."""
+    for backend in ops.WITH_GRADIENT:
+        for dtype, wanted in ((torch.float16, False), (torch.bfloat16, True)):
+            policy = torch.zeros(2, 3, dtype=dtype, requires_grad=True)
+            assert ops.gradient_with_forward(backend, policy) is wanted
+            with torch.no_grad():
+                assert not ops.gradient_with_forward(backend, policy)
+    assert not ops.gradient_with_forward("reference", policy)

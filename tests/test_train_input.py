@@ -88,7 +88,10 @@ BAD_JSON = {
     "batches": ({"train_batch_size": 5}, "train_batch_size: expected"),
     "no stage": ({"zero_optimization": {"stage": 4}}, "expected 0 to 3, got 4"),
     "auto": ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "params.momentum"),
-    "no such optimizer": ({"optimizer": {"type": "AdamV"}}, "optimizer.type: expected an optimizer"),
+    "no such optimizer": (
+        {"optimizer": {"type": "AdamV"}},
+        "optimizer.type: expected an optimizer",
+    ),
     "no optimizer": ({"optimizer": {"type": "lr_scheduler"}}, "optimizer.type: expected an"),
 }
 
