@@ -87,6 +87,12 @@ def pytest_benchmark_update_commit_info(config, commit_info):
     commit_info["id"] = commit()
 
 
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Statistics without the raw times: what `--benchmark-compare` reads, small enough to commit."""
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
+
+
 def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "cpu.h"
+#include "pages.h"
 #include "tensors.h"
 
 namespace dde_fast {
@@ -16,6 +17,7 @@ NoiseTask task_of(const Tensor& noise, const Tensor& pair_ids, const Tensor& dra
   task.chunks = (task.n + CHUNK - 1) / CHUNK;
   task.noise = noise.data_ptr();
   task.dtype = dtype_of(noise, "noise");
+  prefer_huge_pages(task.noise, task.pairs * task.n * bytes_of(task.dtype));
   return task;
 }
 
@@ -53,6 +55,7 @@ void add_noise_cpu(Tensor noisy,           // [2B, …]
                        coefficients[task.pairs + pair]);
   }
   task.noisy = noisy.data_ptr();
+  prefer_huge_pages(task.noisy, 2 * task.pairs * task.n * bytes_of(task.dtype));
   task.signal = coefficients.get();
   task.sigma = coefficients.get() + task.pairs;
   run(task);

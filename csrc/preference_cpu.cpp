@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "cpu.h"
+#include "pages.h"
 #include "tensors.h"
 
 namespace dde_fast {
@@ -120,11 +121,14 @@ void forward_with_gradient(const Forward& f, void* gradient) {
   finish_loss(f, out);
 }
 
-Rows gradient_rows(const Tensor& gradient, const Rows& policy, int64_t pairs, int64_t n) {
+// where the gradient goes
+void* gradient_data(const Tensor& gradient, const Rows& policy, int64_t pairs, int64_t n) {
   const Rows g = rows_of(gradient, pairs, n, "gradient");
   STD_TORCH_CHECK(g.rows == policy.rows && g.dtype == policy.dtype,
                   "gradient: expected one like policy");
-  return g;
+  void* data = gradient.data_ptr();
+  prefer_huge_pages(data, g.rows * n * bytes_of(g.dtype));
+  return data;
 }
 
 }  // namespace
@@ -156,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_with_gradient
     double beta, double lose_weight, int64_t link, double label_smoothing) {
   const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});
-  void* g = const_cast<void*>(gradient_rows(gradient, f.policy, f.pairs, f.n).data);
+  void* g = gradient_data(gradient, f.policy, f.pairs, f.n);
   f.wide ? forward_with_gradient<double>(f, g) : forward_with_gradient<float>(f, g);
   return f.outputs();
 }
@@ -199,7 +203,7 @@ void preference_loss_backward_cpu(Tensor gradient,                  // as policy
                                   double label_smoothing) {
   const int64_t pairs = logits.numel(), n = policy.numel() / policy.size(0);
   const Rows o = rows_of(policy, pairs, n, "policy"), y = rows_of(target, pairs, n, "target");
-  gradient_rows(gradient, o, pairs, n);
+  void* g = gradient_data(gradient, o, pairs, n);
   const Schedule schedule = schedule_of(timesteps, weights, nullptr, pairs);
   const Objective objective{link, beta, lose_weight, label_smoothing};
   const bool wide_logits = column_of(logits, pairs, "logits").wide;
@@ -208,7 +212,7 @@ void preference_loss_backward_cpu(Tensor gradient,                  // as policy
   const auto form = wide_logits ? factors_of<double> : factors_of<float>;
   form(schedule, objective, grad_loss, grad_logits, grad_policy_error, logits, n, factors.get());
   const bool wide = wide_logits || o.dtype == F64 || y.dtype == F64;
-  const GradientTask task{o, y, gradient.data_ptr(), pairs, n, chunks, wide, factors.get()};
+  const GradientTask task{o, y, g, pairs, n, chunks, wide, factors.get()};
   run(loops().gradient, &task, pairs * chunks);
 }
 

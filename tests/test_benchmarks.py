@@ -37,6 +37,34 @@ def test_a_timed_row_says_what_it_is(tmp_path):
     both = next(
         r["extra_info"] for r in data["benchmarks"] if r["extra_info"]["name"] != "diffusers"
     )
-    assert both["bytes"] == 5 * 2 * 4 * 64 * 64 * 4  # one pair, fp32: 2½ reads forward, 2½ backward
+    assert both["bytes"] == 3.5 * 2 * 4 * 64 * 64 * 4  # one pair, fp32: 2½ reads and the gradient
     assert {"device", "versions", "copy_GB_per_s"} <= data["machine_info"].keys()
     assert data["commit_info"]["id"]
+    assert "data" not in data["benchmarks"][0]["stats"]  # no raw times: a file to commit
+
+
+def test_the_picture_is_drawn(tmp_path):
+    """A curve per implementation in a panel per latent and dtype, and the byte limit."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from plot import draw
+
+    rows = [
+        {
+            "stats": {"median": 1e-3 * pairs},
+            "extra_info": {
+                **{"mode": "both", "cache": "warm", "shape": [4, 64, 64], "dtype": dtype},
+                **{"name": name, "pairs": pairs, "bytes": 10**6 * pairs},
+            },
+        }
+        for dtype in ("float32", "bfloat16")
+        for name in ("salesforce", "cpp")
+        for pairs in (1, 8, 32)
+    ]
+    machine = {"device": "x", "threads": 2, "versions": {"torch": "2"}, "copy_GB_per_s": 10.0}
+    data = {"benchmarks": rows, "machine_info": machine, "commit_info": {"id": "abc"}}
+    panels = draw(data).axes
+    assert len(panels) == 2
+    for panel in panels:
+        curves = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
+        assert curves["cpp"] == [1e-3, 8e-3, 32e-3]
+        assert curves["bytes at the copy bandwidth"] == [1e-4, 8e-4, 32e-4]
