@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 import dde_fast
-from dde_fast import ops
+from dde_fast import compiled, ops
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xformers", "peft")
 
@@ -32,7 +32,10 @@ def main() -> None:
         what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         print(f"{name} ({what}): backend {ops.resolve_backend('auto', device)}")
         for backend in ops.BACKENDS:
-            print(f"  {backend:<13}{ops.why_not(backend, device) or 'available'}")
+            there = "available"
+            if backend == "cpp" and device.type == "cpu" and not ops.why_not(backend, device):
+                there += f", {compiled.isa()}"
+            print(f"  {backend:<13}{ops.why_not(backend, device) or there}")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     backend: str = "auto"
-    """Of the loss: auto, reference or triton."""
+    """Of the loss and the noise: auto, reference, triton or cpp."""
     log_every: int = 10
     """Optimizer steps between log lines, the only points where the host waits for the device."""
     save_every: int = 100

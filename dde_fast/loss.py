@@ -74,7 +74,7 @@ class PreferenceLoss(nn.Module):
         label_smoothing: 0 ≤ s < ½, with `sigmoid` only.
         ratio_decay: share of the old value that an update of the importance ratios keeps. The
             paper gives one constant, μ = 0.1, read as the update rate: decay 0.9.
-        backend: `reference`, `triton` or `auto`.
+        backend: `auto`, `reference`, `triton` or `cpp`.
 
     Buffers: `ratios` [4, T] (in `state_dict()`) and tables derived from the schedule. They follow
     `.to(device)`, never a change of dtype: a table rounded to 16 bits is a different loss.

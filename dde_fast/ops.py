@@ -25,6 +25,9 @@ BACKENDS = {
 }
 """backend -> modules of `dde_fast` that hold its ops, searched in order."""
 
+AUTO = {"cpu": ("cpp",), "cuda": ("triton", "cpp"), "xpu": ("triton",)}
+"""device type -> backends by preference, before the reference, which serves everywhere."""
+
 WITH_GRADIENT = ("cpp",)
 """Backends that can make the gradient in the forward's pass."""
 
@@ -45,14 +48,14 @@ def why_not(backend: str, device: torch.device) -> str | None:
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that serves `device`: `auto` takes triton on a GPU and the reference elsewhere.
+    """The backend that serves `device`; `auto` is the first of `AUTO` that can.
 
     Raises:
         ValueError: an unknown backend, or one that cannot serve the device, with the reason.
     """
     if backend == "auto":
-        on_gpu = device.type in ("cuda", "xpu")
-        return "triton" if on_gpu and why_not("triton", device) is None else "reference"
+        able = (name for name in AUTO.get(device.type, ()) if why_not(name, device) is None)
+        return next(able, "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
     reason = why_not(backend, device)

@@ -321,6 +321,7 @@ class PairForward:
         index, epochs = self.stream[start:stop]
         data = self.stream.data
         key = {"seed": self.c.seed, "pair_ids": data.pair_ids[index], "draw": epochs}
+        key["backend"] = self.c.backend
 
         # What the pair sees: its caption or none, one timestep and one noise for both images
         dropout = noise.pair_uniform(noise.CAPTION_DROPOUT, **key)

@@ -299,8 +299,19 @@ def test_invalid_timesteps_make_nan_where_the_host_may_not_look():
             assert logits.isnan().nonzero().flatten().tolist() == [bad]
 
 
-def test_backends_resolve():
-    assert ops.resolve_backend("auto", torch.device("cpu")) == "reference"
+def test_backends_resolve(monkeypatch):
+    cpu = torch.device("cpu")
+    there = ops.why_not("cpp", cpu) is None
+    assert ops.resolve_backend("auto", cpu) == ("cpp" if there else "reference")
+    assert ops.resolve_backend("auto", torch.device("meta")) == "reference"
+    for absent, expected in (
+        ((), "triton"),
+        (("triton",), "cpp"),
+        (("triton", "cpp"), "reference"),
+    ):
+        monkeypatch.setattr(ops, "why_not", lambda name, _, absent=absent: name in absent or None)
+        assert ops.resolve_backend("auto", torch.device("cuda")) == expected
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="backend: expected one of"):
         ops.resolve_backend("opencl", torch.device("cpu"))
 

@@ -86,7 +86,8 @@ class Syncs(TorchDispatchMode):
 def count_syncs(args: list[str], path: Path) -> None:
     """Train, writing how often the host waited within each optimizer step, logging included."""
     counts: list[int] = []
-    advance, check, tolist = metrics.RunLog.advance, ops._check_timesteps, torch.Tensor.tolist
+    advance, tolist = metrics.RunLog.advance, torch.Tensor.tolist
+    looks = ops._check_timesteps, ops._is_one
 
     def counting_advance(log):
         advance(log)
@@ -98,15 +99,16 @@ def count_syncs(args: list[str], path: Path) -> None:
         return tolist(tensor)
 
     metrics.RunLog.advance, torch.Tensor.tolist = counting_advance, counting_tolist
-    ops._check_timesteps = lambda *_: None  # looks at values on a CPU only, never on a GPU
+    # both look at values on a CPU only, never on a GPU
+    ops._check_timesteps, ops._is_one = (lambda *_: None), (lambda _: False)
     try:
         with Syncs() as syncs:
             float(torch.ones(()))
             control, syncs.count = syncs.count, 0
             train.main(args)
     finally:
-        metrics.RunLog.advance, ops._check_timesteps = advance, check
-        torch.Tensor.tolist = tolist
+        metrics.RunLog.advance, torch.Tensor.tolist = advance, tolist
+        ops._check_timesteps, ops._is_one = looks
     path.write_text(json.dumps({"control": control, "steps": counts}))
 
 
