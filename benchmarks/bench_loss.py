@@ -91,6 +91,7 @@ def bench_loss(measure, benchmark, shape, pairs, dtype, name, mode, cache):
         list(calls(loss_fn, mode, sets)),
         bytes=int(needed),
         cache=cache,
+        op="loss",
         name=name,
         mode=mode,
         pairs=pairs,

@@ -44,6 +44,7 @@ def bench_noise(measure, benchmark, shape, pairs, dtype, name):
     measure(
         [lambda s=s: function(*s) for s in sets],
         bytes=5 * pairs * torch.Size(SHAPES[shape]).numel() * dtype.itemsize,
+        op="add_noise",
         name=name,
         pairs=pairs,
         shape=list(SHAPES[shape]),

@@ -30,7 +30,7 @@ def loss_rows(data: dict) -> dict[tuple, dict[str, dict[int, dict]]]:
     panels: dict[tuple, dict[str, dict[int, dict]]] = {}
     for row in data["benchmarks"]:
         info = row["extra_info"]
-        if (info.get("mode"), info["cache"]) == ("both", "warm"):
+        if (info["op"], info.get("mode"), info["cache"]) == ("loss", "both", "warm"):
             panel = panels.setdefault((tuple(info["shape"]), info["dtype"]), {})
             panel.setdefault(info["name"], {})[info["pairs"]] = row
     return panels

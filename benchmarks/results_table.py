@@ -43,13 +43,68 @@ def evaluation(name: str, result: dict) -> list[str]:
     return [*lines, ""]
 
 
+def picture(path: Path, about: str) -> list[str]:
+    return [f"![{about}](benchmarks/results/{path.name})", ""] if path.exists() else []
+
+
+SHOWN = [
+    ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 16, "shape": [4, 64, 64]}),
+    ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 128, "shape": [4, 128, 128]}),
+    ("add_noise", {"op": "add_noise", "pairs": 16, "shape": [4, 64, 64]}),
+    ("ddim_step, forward + backward", {"op": "ddim_step", "mode": "both", "pairs": 16, "shape": [4, 64, 64]}),
+]  # fmt: skip
+"""Rows of the README's table: (what, the extra_info that selects it)."""
+
+BASELINES = ("salesforce", "compiled", "diffusers", "eager")
+
+
+def kernels(data: dict) -> list[str]:
+    """One machine's benchmarks as a Markdown table: milliseconds and how often faster."""
+    machine = data["machine_info"]
+    lines = [
+        f"**{machine['device']}, {machine['threads']} threads.** Commit "
+        f"`{data['commit_info']['id']}`, torch {machine['versions']['torch']}, copy bandwidth "
+        f"{machine['copy_GB_per_s']:.1f} GB/s. Medians in milliseconds of one run; `salesforce` is "
+        "the published Diffusion-DPO formula, `compiled` that under torch.compile, `diffusers` "
+        "torch.randn and its `add_noise`.",
+        "",
+        "| op | latents | baselines | dde_fast | times faster | share of copy bandwidth |",
+        "|---|---|---|---|---|---|",
+    ]
+    for what, wanted in SHOWN:
+        for dtype in ("float32", "bfloat16"):
+            rows = {}
+            for row in data["benchmarks"]:
+                info = row["extra_info"]
+                if info["dtype"] == dtype and all(info.get(k) == v for k, v in wanted.items()):
+                    rows[info["name"]] = row
+            ours = [name for name in rows if name not in (*BASELINES, "reference")]
+            if not ours:
+                continue
+            best = min(ours, key=lambda name: rows[name]["stats"]["median"])
+            seconds = {name: row["stats"]["median"] for name, row in rows.items()}
+            theirs = [name for name in rows if name in BASELINES]
+            lines.append(
+                f"| {what} | {wanted['pairs']} × {'×'.join(map(str, wanted['shape']))} {dtype} | "
+                + ", ".join(f"{name} {1e3 * seconds[name]:.2f}" for name in theirs)
+                + f" | {best} {1e3 * seconds[best]:.2f} | "
+                + ", ".join(f"{seconds[name] / seconds[best]:.1f}" for name in theirs)
+                + f" | {100 * rows[best]['extra_info']['share_of_copy']:.0f} % |"
+            )
+    return [*lines, ""]
+
+
 def render(results: Path = RESULTS) -> str:
     """The block between README's markers."""
     lines = [""]
-    for name in TITLES:
+    for name, title in TITLES.items():
         path = results / f"{name}.json"
         if path.exists():
             lines += evaluation(name, json.loads(path.read_text(encoding="utf-8")))
+            lines += picture(results / f"{name}-grid.png", title)
+    for path in sorted(results.glob("kernels-*.json")):
+        lines += kernels(json.loads(path.read_text(encoding="utf-8")))
+        lines += picture(path.with_suffix(".png"), "loss, forward and backward")
     return "\n".join(lines) + "\n"
 
 

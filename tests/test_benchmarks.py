@@ -52,7 +52,13 @@ def test_the_picture_is_drawn(tmp_path):
         {
             "stats": {"median": 1e-3 * pairs},
             "extra_info": {
-                **{"mode": "both", "cache": "warm", "shape": [4, 64, 64], "dtype": dtype},
+                **{
+                    "op": "loss",
+                    "mode": "both",
+                    "cache": "warm",
+                    "shape": [4, 64, 64],
+                    "dtype": dtype,
+                },
                 **{"name": name, "pairs": pairs, "bytes": 10**6 * pairs},
             },
         }
