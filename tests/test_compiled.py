@@ -323,6 +323,8 @@ def test_cuda_kernels_compile(tmp_path, monkeypatch):
     for name, body in fast.items():
         assert body.count("ld.global.nc.v4") >= 4, name
         assert not re.search(r"ld\.global\.nc\.(u16|b16|f32|f64)", body), name
+        if "gradient" in name:
+            assert set(re.findall(r"st\.global[.\w]*", body)) == {"st.global.wb.v4.u32"}, name
 
 
 @pytest.mark.skipif(REASON is not None or sysconfig.get_platform() != "linux-x86_64", reason="ELF")
