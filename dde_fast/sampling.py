@@ -25,7 +25,7 @@ def ddim_coefficients(
     *,
     eta: float,
     prediction_type: str,
-    final_alpha_cumprod: float = 1.0,
+    final_alpha_cumprod: float | Tensor = 1.0,  # a number or []
 ) -> Tensor:
     """What `ddim_step` needs of the schedule, one row per step: (√ᾱ_t, √(1-ᾱ_t), √ᾱ_prev, c, σ).
 
