@@ -50,11 +50,11 @@ def find_nvcc() -> str | None:
 def cpu_commands(torch: Path) -> list[list[str]]:
     """One command per object, without its output."""
     include = [f"-I{torch}/include"]
-    names = ("library", "preference_cpu", "noise_cpu")
+    names = ("library", "preference_cpu", "noise_cpu", "ddim_cpu")
     commands = [[*COMPILER, *HOST, *include, f"{CSRC}/{name}.cpp"] for name in names]
     for isa, (vector, flags) in ISAS.items():
         macros = [f"-DDDE_FAST_ISA={isa}", f"-DDDE_FAST_VECTOR={vector}"]
-        for name in ("preference_loops", "noise_loops"):
+        for name in ("preference_loops", "noise_loops", "ddim_loops"):
             commands.append([*COMPILER, *HOST, *LOOPS, *flags, *macros, f"{CSRC}/{name}.cpp"])
     return commands
 
@@ -67,8 +67,9 @@ def cuda_commands(torch: Path, nvcc: str, archs: tuple[int, ...] = ARCHS) -> lis
     codes += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
     flags = [*COMMON, "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", f"-isystem={torch}/include"]  # fmt: skip
     flags += ["-Werror=all-warnings", "-Xptxas=-v", "--threads=0", *codes]
-    # noise without contraction: the CPU's bits
-    extra = {"preference_cuda": [], "noise_cuda": ["-fmad=false"]}
+    # noise and samples without contraction: the CPU's bits
+    exact = ["-fmad=false"]
+    extra = {"preference_cuda": [], "noise_cuda": exact, "ddim_cuda": exact}
     return [[nvcc, *flags, *extra[name], f"{CSRC}/{name}.cu"] for name in extra]
 
 

@@ -1,7 +1,8 @@
 // The CPU's vector loops: what they are given, and which instruction sets there are.
-// preference_loops.cpp and noise_loops.cpp are compiled once per set; nothing from std in here.
+// The *_loops.cpp are compiled once per set; nothing from std in here.
 #pragma once
 
+#include "ddim.h"
 #include "noise.h"
 #include "rows.h"
 
@@ -38,11 +39,27 @@ struct NoiseTask {
   int64_t pairs, n, chunks;
 };
 
+struct StepTask {
+  Step step;        // candidates: the noise, or the next samples
+  void* next;       // [K·B, N], null: given
+  DType dtype;      // of next
+  int64_t chunks;
+  double* partial;  // [K·B, chunks]: sums of (next - μ)²
+};
+
+struct StepGradientTask {
+  Step step;       // candidates: the next samples
+  Rows grad_next;  // [K·B], data null: none
+  void* gradient;  // rows and dtype of prediction
+  int64_t chunks;
+  const double* factors;  // [K·B], d loss / d log_prob · 1/(σ²N), null: none
+};
+
 using Loop = void (*)(const void* task, int64_t begin, int64_t end);
 
 struct Loops {
   const char* name;
-  Loop errors, gradient, noise;
+  Loop errors, gradient, noise, step, step_gradient;
 };
 
 #define DDE_FAST_DECLARE_LOOPS(isa)                                        \
@@ -50,6 +67,8 @@ struct Loops {
   void errors_loop(const void* task, int64_t begin, int64_t end);          \
   void gradient_loop(const void* task, int64_t begin, int64_t end);        \
   void noise_loop(const void* task, int64_t begin, int64_t end);           \
+  void step_loop(const void* task, int64_t begin, int64_t end);            \
+  void step_gradient_loop(const void* task, int64_t begin, int64_t end);   \
   }
 DDE_FAST_DECLARE_LOOPS(baseline)
 DDE_FAST_DECLARE_LOOPS(avx2)

@@ -68,7 +68,9 @@ __device__ __forceinline__ void store_pack(void* data, int64_t at, const Pack<E>
   } u{pack};
   uint4* to = reinterpret_cast<uint4*>(static_cast<E*>(data) + at);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Pack<E>) / 16); ++i) to[i] = u.words[i];
+  for (int i = 0; i < static_cast<int>(sizeof(Pack<E>) / 16); ++i) {
+    __stwb(to + i, u.words[i]);  // an assignment is taken apart into stores of single elements
+  }
 }
 
 // one element of any dtype: the path for any alignment and any mix

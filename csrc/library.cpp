@@ -14,8 +14,11 @@
 namespace dde_fast {
 namespace {
 
-#define DDE_FAST_LOOPS(isa) \
-  Loops { #isa, isa::errors_loop, isa::gradient_loop, isa::noise_loop }
+#define DDE_FAST_LOOPS(isa)                                             \
+  Loops {                                                              \
+    #isa, isa::errors_loop, isa::gradient_loop, isa::noise_loop,       \
+        isa::step_loop, isa::step_gradient_loop                        \
+  }
 const Loops BASELINE = DDE_FAST_LOOPS(baseline);
 #ifdef __x86_64__
 const Loops AVX2 = DDE_FAST_LOOPS(avx2);
@@ -91,6 +94,13 @@ STABLE_TORCH_LIBRARY(dde_fast_cpp, m) {
   m.def(
       "add_noise(Tensor(a!) noisy, Tensor(b!) noise, Tensor latents, Tensor timesteps, "
       "Tensor alphas_cumprod, Tensor pair_ids, Tensor draws, int seed) -> ()");
+  m.def(
+      "ddim_step(Tensor(a!) log_prob, Tensor(b!)? next, Tensor prediction, Tensor sample, "
+      "Tensor given, Tensor coefficients, int prediction_type) -> ()");
+  m.def(
+      "ddim_step_backward(Tensor(a!) gradient, Tensor? grad_next, Tensor? grad_log_prob, "
+      "Tensor prediction, Tensor sample, Tensor next, Tensor coefficients, int prediction_type) "
+      "-> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CompositeExplicitAutograd, m) {

@@ -2,23 +2,11 @@
 // bytes). Without contraction and with the same 16 sums side by side, all sets give the same bits.
 
 #include "cpu_convert.h"
+#include "cpu_sums.h"
 
 namespace dde_fast {
 namespace DDE_FAST_ISA {
 namespace {
-
-template <class A>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float Type __attribute__((vector_size(DDE_FAST_VECTOR)));
-  typedef float Unaligned __attribute__((vector_size(DDE_FAST_VECTOR), aligned(4), may_alias));
-};
-template <>
-struct Vector<double> {
-  typedef double Type __attribute__((vector_size(DDE_FAST_VECTOR)));
-  typedef double Unaligned __attribute__((vector_size(DDE_FAST_VECTOR), aligned(8), may_alias));
-};
 
 // LANES running sums each of (y-o)², (y-o_ref)² and their difference
 template <class A>
@@ -54,16 +42,6 @@ void add_block(const A* o, const A* r, const A* y, int64_t n, Sums<A>& sums) {
   for (int64_t k = 0; k < COUNT; ++k) {
     sums.policy[k] = p[k], sums.reference[k] = q[k], sums.difference[k] = d[k];
   }
-}
-
-// lanes in order, in double
-template <class A, int64_t COUNT>
-double total(const typename Vector<A>::Type (&lanes)[COUNT]) {
-  double sum = 0;
-  for (int64_t k = 0; k < COUNT; ++k) {
-    for (int64_t i = 0; i < LANES / COUNT; ++i) sum += static_cast<double>(lanes[k][i]);
-  }
-  return sum;
 }
 
 // Both halves of a pair in turn, so that a row they share is read and widened once.

@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "ddim.h"
 #include "noise.h"
 #include "preference.h"
 
@@ -140,6 +141,64 @@ inline Forward forward_of(const Tensor& policy, const OptionalTensor& reference,
   f.reference_error = empty_like_of(policy, {f.has_reference() ? rows : 0}, f.wide);
   f.margin = empty_like_of(policy, {f.pairs}, f.wide);
   return f;
+}
+
+// as rows_of, with neither more nor fewer rows
+inline Rows all_rows_of(const Tensor& x, int64_t rows, int64_t n, const char* name) {
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(0) == rows, name, ": expected ", rows, " rows, got ",
+                  x.dim() > 0 ? x.size(0) : 0);
+  return rows_of(x, rows, n, name);
+}
+
+// What a DDIM step reads in either direction.
+inline Step step_of(const Tensor& prediction, const Tensor& sample, const Tensor& candidates,
+                    const Tensor& coefficients, int64_t type) {
+  Step step{};
+  STD_TORCH_CHECK(sample.dim() > 0 && sample.numel() > 0, "sample: expected a batch of elements");
+  STD_TORCH_CHECK(candidates.dim() > 0 && candidates.numel() > 0,
+                  "candidates: expected a batch of elements");
+  STD_TORCH_CHECK(type >= EPSILON && type <= SAMPLE, "prediction_type: expected 0, 1 or 2, got ",
+                  type);
+  step.type = type;
+  step.batch = sample.size(0);
+  step.n = sample.numel() / step.batch;
+  step.count = candidates.size(0) / step.batch;
+  step.sample = all_rows_of(sample, step.batch, step.n, "sample");
+  step.prediction = all_rows_of(prediction, step.batch, step.n, "prediction");
+  step.candidates = all_rows_of(candidates, step.batch * step.count, step.n, "candidates");
+  step.wide = step.sample.dtype == F64 || step.prediction.dtype == F64 ||
+              step.candidates.dtype == F64;
+  check_vector(coefficients, 5 * step.batch, ScalarType::Float, "coefficients");
+  step.coefficients = static_cast<const float*>(coefficients.data_ptr());
+  return step;
+}
+
+// where the next samples go; null if they were given
+inline void* next_of(const Step& step, const OptionalTensor& next) {
+  if (!next) return nullptr;
+  const Rows rows = all_rows_of(*next, step.candidates.rows, step.n, "next");
+  STD_TORCH_CHECK(rows.dtype == step.sample.dtype, "next: expected the dtype of sample");
+  return next->data_ptr();
+}
+
+// Gradients that arrive at a DDIM step; data null: none.
+struct StepIncoming {
+  Rows next;        // [K·B]
+  Column log_prob;  // [K·B]
+};
+
+inline StepIncoming incoming_of(Step& step, const Tensor& gradient, const OptionalTensor& grad_next,
+                                const OptionalTensor& grad_log_prob) {
+  const Rows out = all_rows_of(gradient, step.batch, step.n, "gradient");
+  STD_TORCH_CHECK(out.dtype == step.prediction.dtype, "gradient: expected one like prediction");
+  StepIncoming incoming{};
+  if (grad_next) incoming.next = all_rows_of(*grad_next, step.candidates.rows, step.n, "grad_next");
+  if (grad_log_prob) {
+    incoming.log_prob = column_of(*grad_log_prob, step.candidates.rows, "grad_log_prob");
+  }
+  // the forward's precision, which the noise may have set
+  step.wide = step.wide || incoming.log_prob.wide;
+  return incoming;
 }
 
 }  // namespace dde_fast

@@ -17,6 +17,8 @@ from dde_fast.reference import accumulation_dtype, same_layout
 
 LINK = {"sigmoid": 0, "ipo": 1, "hinge": 2, "linear": 3}
 """Numbers of the links in csrc/preference.h."""
+PREDICTION = {"epsilon": 0, "v_prediction": 1, "sample": 2}
+"""Numbers of the prediction types in csrc/ddim.h."""
 
 
 @cache
@@ -236,3 +238,63 @@ def add_noise(
         seed,
     )
     return noisy, noise
+
+
+def ddim_step(
+    prediction: Tensor,  # [B, C, H, W]
+    sample: Tensor,  # [B, C, H, W]
+    coefficients: Tensor,  # float32 [B, 5]
+    noise: Tensor | None,  # [K·B, C, H, W]
+    next_sample: Tensor | None,  # [K·B, C, H, W], instead of noise
+    prediction_type: str,
+) -> tuple[Tensor | None, Tensor]:
+    """`dde_fast.reference.ddim_step` in one pass over the inputs (CUDA: two launches)."""
+    given = next_sample if noise is None else noise
+    dtype = accumulation_dtype(prediction, sample, given)
+    log_prob = torch.empty(len(given), dtype=dtype, device=sample.device)
+    made = out = None
+    if noise is None:
+        prediction, sample, given = same_layout(prediction, sample, given)
+    else:
+        made = torch.empty_like(noise, dtype=sample.dtype)
+        prediction, sample, given, out = same_layout(prediction, sample, given, made)
+    _ops(sample.device).ddim_step(
+        log_prob,
+        out,
+        prediction,
+        sample,
+        given,
+        coefficients.contiguous(),
+        PREDICTION[prediction_type],
+    )
+    if made is not None and out.stride() != made.stride():
+        made.copy_(out)
+    return made, log_prob
+
+
+def ddim_step_backward(
+    grad_next: Tensor | None,  # [K·B, C, H, W]
+    grad_log_prob: Tensor | None,  # [K·B]
+    prediction: Tensor,  # [B, C, H, W]
+    sample: Tensor,  # [B, C, H, W]
+    next_sample: Tensor,  # [K·B, C, H, W]
+    coefficients: Tensor,  # float32 [B, 5]
+    prediction_type: str,
+) -> Tensor:
+    """`dde_fast.reference.ddim_step_backward` in one pass, one launch."""
+    gradient = torch.empty_like(prediction)
+    tensors = [gradient, prediction, sample, next_sample]
+    tensors += [] if grad_next is None else [grad_next]
+    # the gradient is written in its own memory order, so the inputs must have that one too
+    out, prediction, sample, next_sample, *rest = same_layout(*tensors)
+    _ops(sample.device).ddim_step_backward(
+        out,
+        rest[0] if rest else None,
+        None if grad_log_prob is None else grad_log_prob.contiguous(),
+        prediction,
+        sample,
+        next_sample,
+        coefficients.contiguous(),
+        PREDICTION[prediction_type],
+    )
+    return out if out.stride() == gradient.stride() else gradient.copy_(out)

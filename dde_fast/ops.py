@@ -20,7 +20,7 @@ from dde_fast.reference import accumulation_dtype, number_of_pairs
 
 BACKENDS = {
     "reference": ("reference", "ratios"),
-    "triton": ("triton_kernels", "triton_ratios", "triton_noise"),
+    "triton": ("triton_kernels", "triton_ratios", "triton_noise", "triton_sampling"),
     "cpp": ("compiled", "ratios"),
 }
 """backend -> modules of `dde_fast` that hold its ops, searched in order."""
@@ -354,3 +354,78 @@ def _(latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, backend)
     shape = latents.shape[1:]
     noise = latents.new_empty((pair_ids.shape[0], *shape), dtype=dtype)
     return latents.new_empty(latents.shape, dtype=dtype), noise
+
+
+@torch.library.custom_op("dde_fast::ddim_step", mutates_args=())
+def ddim_step(
+    prediction: Tensor,  # [B, C, H, W]
+    sample: Tensor,  # [B, C, H, W]
+    coefficients: Tensor,  # float32 [B, 5]
+    noise: Tensor | None,  # [K·B, C, H, W]
+    next_sample: Tensor | None,  # [K·B, C, H, W], instead of noise
+    prediction_type: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """next [K·B, …] ([0] where it was given) and log_prob [K·B].
+
+    The formula is `dde_fast.sampling.ddim_step`'s. Differentiable in `prediction` alone; next has
+    the memory order of `noise`.
+    """
+    made, log_prob = _op(backend, "ddim_step")(
+        prediction, sample, coefficients, noise, next_sample, prediction_type
+    )
+    # an op's result may not alias its input
+    return sample.new_empty(0) if made is None else made, log_prob
+
+
+@ddim_step.register_fake
+def _(prediction, sample, coefficients, noise, next_sample, *_):
+    dtype = accumulation_dtype(prediction, sample, noise, next_sample)
+    if noise is None:
+        return sample.new_empty(0), sample.new_empty(next_sample.shape[0], dtype=dtype)
+    made = torch.empty_like(noise, dtype=sample.dtype)
+    return made, sample.new_empty(noise.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("dde_fast::ddim_step_backward", mutates_args=())
+def ddim_step_backward(
+    grad_next: Tensor | None,  # [K·B, C, H, W]
+    grad_log_prob: Tensor | None,  # [K·B]
+    prediction: Tensor,  # [B, C, H, W]
+    sample: Tensor,  # [B, C, H, W]
+    next_sample: Tensor,  # [K·B, C, H, W]
+    coefficients: Tensor,  # float32 [B, 5]
+    prediction_type: str,
+    backend: str,
+) -> Tensor:
+    """Gradient of the prediction, in its shape and dtype."""
+    return _op(backend, "ddim_step_backward")(
+        grad_next, grad_log_prob, prediction, sample, next_sample, coefficients, prediction_type
+    )
+
+
+@ddim_step_backward.register_fake
+def _(grad_next, grad_log_prob, prediction, *_):
+    return torch.empty_like(prediction)
+
+
+def _setup_step(ctx, inputs, output):
+    prediction, sample, coefficients, _, next_sample, *constants = inputs
+    ctx.set_materialize_grads(False)
+    if next_sample is not None:
+        ctx.mark_non_differentiable(output[0])
+    made = output[0] if next_sample is None else next_sample
+    ctx.save_for_backward(prediction, sample, made, coefficients)
+    ctx.constants = constants
+
+
+def _step_backward(ctx, grad_next, grad_log_prob):
+    if grad_next is None and grad_log_prob is None:
+        return (None,) * 7
+    gradient = torch.ops.dde_fast.ddim_step_backward(
+        grad_next, grad_log_prob, *ctx.saved_tensors, *ctx.constants
+    )
+    return gradient, *(None,) * 6
+
+
+ddim_step.register_autograd(_step_backward, setup_context=_setup_step)

@@ -187,6 +187,86 @@ def preference_loss_backward(
     return torch.empty_like(policy).copy_(gradient.reshape(policy.shape))
 
 
+DENOISE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    # prediction type -> (x, o, a, b) -> x̂_0, ε̂ with a = √ᾱ_t and b = √(1-ᾱ_t); linear in x and o
+    "epsilon": lambda x, o, a, b: ((x - b * o) / a, o),
+    "v_prediction": lambda x, o, a, b: (a * x - b * o, a * o + b * x),
+    "sample": lambda x, o, a, b: (o, (x - a * o) / b),
+}
+"""What a prediction o at x = x_t says of the clean latent and of its noise."""
+
+
+def ddim_mean(
+    prediction: Tensor | float,  # [B, C, H, W]
+    sample: Tensor | float,  # [B, C, H, W]
+    coefficients: Sequence[Tensor],  # (a, b, a_prev, c, σ), each to broadcast with them
+    prediction_type: str,
+) -> Tensor:
+    """μ = a_prev·x̂_0 + c·ε̂ in diffusers' order of operations (Song et al. 2020, Eq. 12)."""
+    a, b, a_prev, direction, _ = coefficients
+    denoised, epsilon = DENOISE[prediction_type](sample, prediction, a, b)
+    return a_prev * denoised + direction * epsilon
+
+
+def ddim_step(
+    prediction: Tensor,  # [B, C, H, W]
+    sample: Tensor,  # [B, C, H, W]
+    coefficients: Tensor,  # float32 [B, 5]
+    noise: Tensor | None,  # [K·B, C, H, W]
+    next_sample: Tensor | None,  # [K·B, C, H, W], instead of noise
+    prediction_type: str,
+) -> tuple[Tensor | None, Tensor]:
+    """next [K·B, …] if it was not given, log_prob [K·B]: see `dde_fast.sampling.ddim_step`.
+
+    The density is that of next as it is returned, rounded: computed again from it, it is the same.
+    """
+    dtype = accumulation_dtype(prediction, sample, noise, next_sample)
+    rows = coefficients.to(dtype)
+    columns = [x.reshape(-1, *[1] * (sample.dim() - 1)) for x in rows.unbind(1)]
+    mean = ddim_mean(prediction.to(dtype), sample.to(dtype), columns, prediction_type)
+    made = None
+    if next_sample is None:
+        made = mean + columns[-1] * noise.to(dtype).unflatten(0, (-1, len(sample)))
+        made = torch.empty_like(noise, dtype=sample.dtype).copy_(made.flatten(0, 1))
+        next_sample = made
+    error = next_sample.to(dtype).unflatten(0, (-1, len(sample))) - mean
+    sigma = rows[:, -1]
+    log_prob = -error.square().flatten(2).mean(-1) / (2 * sigma**2)
+    log_prob = log_prob - sigma.log() - 0.5 * math.log(2 * math.pi)
+    return made, torch.where(sigma > 0, log_prob, float("nan")).flatten()
+
+
+def ddim_step_backward(
+    grad_next: Tensor | None,  # [K·B, C, H, W]
+    grad_log_prob: Tensor | None,  # [K·B]
+    prediction: Tensor,  # [B, C, H, W]
+    sample: Tensor,  # [B, C, H, W]
+    next_sample: Tensor,  # [K·B, C, H, W]
+    coefficients: Tensor,  # float32 [B, 5]
+    prediction_type: str,
+) -> Tensor:
+    """Gradient of the prediction, in its shape and dtype, summed over the candidates.
+
+    d μ / d o times what arrives at next, plus grad_log_prob·(next - μ)/(σ²N). Where σ = 0 there is
+    no density and nothing passes, so such a step may be masked out of a loss; a NaN stays one.
+    """
+    dtype = accumulation_dtype(prediction, sample, next_sample, grad_log_prob)
+    # in float64: the two terms of the slope nearly cancel
+    slope = ddim_mean(1.0, 0.0, coefficients.double().unbind(1), prediction_type).to(dtype)
+    shape = (-1, *[1] * (sample.dim() - 1))
+    gradient = torch.zeros(sample.shape, dtype=dtype, device=sample.device)
+    if grad_next is not None:
+        gradient = gradient + grad_next.to(dtype).unflatten(0, (-1, len(sample))).sum(0)
+    if grad_log_prob is not None:
+        columns = [x.reshape(shape) for x in coefficients.to(dtype).unbind(1)]
+        mean = ddim_mean(prediction.to(dtype), sample.to(dtype), columns, prediction_type)
+        error = next_sample.to(dtype).unflatten(0, (-1, len(sample))) - mean
+        g, sigma = grad_log_prob.to(dtype).reshape(-1, len(sample)), columns[-1].flatten()
+        factor = torch.where(sigma > 0, g / (sigma**2 * sample[0].numel()), 0 * g)
+        gradient = gradient + (error * factor.reshape(-1, *mean.shape[:1], *shape[1:])).sum(0)
+    return torch.empty_like(prediction).copy_(slope.reshape(shape) * gradient)
+
+
 MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

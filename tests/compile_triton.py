@@ -8,11 +8,12 @@ import json
 import re
 import sys
 
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from dde_fast import triton_kernels as kernels
-from dde_fast import triton_noise, triton_ratios
+from dde_fast import triton_noise, triton_ratios, triton_sampling
 
 
 def cases(dtype: str):
@@ -90,10 +91,49 @@ def cases(dtype: str):
             {**dict.fromkeys(("p_latents", "p_noisy", "p_noise"), f"*{dtype}"), **noise},
             {"ONLY_NOISE": only, "BLOCK": triton_noise.BLOCK},
         )
+    yield from step_cases(dtype, accumulate)
+
+
+def step_cases(dtype: str, accumulate: str):
+    coefficients = {"p_coefficients": "*fp32"}
+    counts = dict.fromkeys(("batch", "candidates", "N"), "i32")
+    latents = ("p_prediction", "p_sample", "p_given", "p_next", "p_gradient", "p_grad_next")
+    forward = {**dict.fromkeys(latents[:4], f"*{dtype}"), "p_partial": f"*{accumulate}"}
+    constants = {"PREDICTION": 0, "BLOCK": triton_sampling.BLOCK}
+    yield (
+        triton_sampling.ddim_step_kernel,
+        {**forward, **coefficients, **counts},
+        {"MAKE": True, **constants},
+    )
+    yield (
+        triton_sampling.ddim_step_backward_kernel,
+        {
+            **dict.fromkeys((*latents[:2], *latents[3:]), f"*{dtype}"),
+            "p_grad_log_prob": f"*{accumulate}",
+            **coefficients,
+            **counts,
+        },
+        {
+            "HAS_NEXT": True,
+            "HAS_LOG_PROB": True,
+            **constants,
+            "DTYPE": tl.float64 if dtype == "fp64" else tl.float32,
+        },
+    )
 
 
 def table_cases():
     """Kernels whose types do not depend on the predictions'."""
+    for wide in ("fp32", "fp64"):
+        yield (
+            triton_sampling.ddim_density_kernel,
+            {
+                **dict.fromkeys(("p_partial", "p_log_prob"), f"*{wide}"),
+                "p_coefficients": "*fp32",
+                **dict.fromkeys(("batch", "N", "blocks"), "i32"),
+            },
+            {"BLOCK": 256},
+        )
     yield (
         triton_noise.pair_uniform_kernel,
         {
@@ -143,6 +183,8 @@ VARIANTS = [
         "CHUNKS": 64,
         "CHUNKS_2": 64,
     },
+    {"PREDICTION": 1, "MAKE": False, "HAS_LOG_PROB": False},
+    {"PREDICTION": 2, "HAS_NEXT": False},
 ]
 """Other branches of the kernels, compiled in float32."""
 

@@ -2,14 +2,39 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # read by triton when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from dde_fast import ops  # noqa: E402  (the variable comes first)
+from dde_fast import compiled, ops  # noqa: E402  (the variable comes first)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = [backend for backend in ops.BACKENDS if ops.why_not(backend, DEVICE) is None]
 """What can run here; test_loss.py insists that Triton is among them."""
+
+
+def instruction_sets() -> list[str]:
+    if compiled.why_not("cpu") is not None:
+        return []
+    found = []
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            found.append(compiled.isa(name))
+        except RuntimeError:
+            pass
+    compiled.isa(found[-1])
+    return found
+
+
+ISAS = instruction_sets()
+"""What this machine has of the compiled extension's CPU loops; empty without the extension."""
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = compiled.isa()
+    yield compiled.isa(request.param)
+    compiled.isa(before)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ISAS
+from steps import coefficients
+from steps import inputs as step_inputs
 
 from dde_fast import compiled, reference
 
@@ -20,27 +23,6 @@ needs_extension = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IDS = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**62 + 3, -1])
 DRAWS = torch.tensor([0, 7, 2**31, 2**32 - 1, 1, 0])
-
-
-def instruction_sets() -> list[str]:
-    found = []
-    for name in ("baseline", "avx2", "avx512"):
-        try:
-            found.append(compiled.isa(name))
-        except RuntimeError:
-            pass
-    compiled.isa(found[-1])
-    return found
-
-
-ISAS = instruction_sets() if REASON is None else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = compiled.isa()
-    yield compiled.isa(request.param)
-    compiled.isa(before)
 
 
 def arguments(
@@ -273,6 +255,18 @@ def test_refusals_keep_memory_safe():
         op(o, r, None, y, t[:2], *rest)
     with pytest.raises(RuntimeError, match="policy: expected float32"):
         op(o.long(), r, None, y, t, *rest)
+    op, (o, x, z) = torch.ops.dde_fast_cpp.ddim_step, (t.cpu() for t in step_inputs(shape=(4, 8)))
+    k = coefficients().cpu()
+    for args, message in (
+        ((torch.empty(6), None, o, x, z[:4], k, 0), "candidates: expected 3 rows, got 4"),
+        ((torch.empty(2), None, o, x, z, k, 0), "log_prob: expected 6"),
+        ((torch.empty(6), z.double(), o, x, z, k, 0), "next: expected the dtype of sample"),
+        ((torch.empty(6), None, o[:, :2], x, z, k, 0), "prediction: expected 3 dense rows of 32"),
+        ((torch.empty(6), None, o, x, z, k[0], 0), "coefficients: expected 15"),
+        ((torch.empty(6), None, o, x, z, k, 3), "prediction_type: expected 0, 1 or 2, got 3"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*args)
     with pytest.raises(RuntimeError, match="DDE_FAST_CPU: expected baseline, avx2 or avx512"):
         compiled.isa("altivec")
 
@@ -316,13 +310,22 @@ def test_cuda_kernels_compile(tmp_path, monkeypatch):
         assert process.returncode == 0, log
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
         assert frames and all(frame == ("0", "0") for frame in frames), log
-    ptx = "".join(path.read_text() for path in tmp_path.glob("preference_cuda/*.ptx"))
-    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.S))
-    fast = {name: body for name, body in bodies.items() if re.search("(errors|gradient)_kernel", name)}  # fmt: skip
+    bodies = {}
+    for path in tmp_path.glob("*/*.ptx"):
+        bodies |= dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", path.read_text(), re.S))
+    steps = {name: body for name, body in bodies.items() if "step_" in name}
+    assert len(steps) == 4
+    for name, body in steps.items():
+        # any of four dtypes in 16-byte pieces, fp32 in two and fp64 in four: three inputs, an output
+        assert body.count("ld.global.nc.v4") >= 3 * 8, name
+        assert body.count("st.global.wb.v4") == 8 and ".v2" not in body, name
+    fast = {name: body for name, body in bodies.items() if re.search("[^_](errors|gradient)_kernel", name)}  # fmt: skip
     assert len(fast) >= 18
     for name, body in fast.items():
         assert body.count("ld.global.nc.v4") >= 4, name
         assert not re.search(r"ld\.global\.nc\.(u16|b16|f32|f64)", body), name
+        if "gradient" in name:
+            assert set(re.findall(r"st\.global[.\w]*", body)) == {"st.global.wb.v4.u32"}, name
 
 
 @pytest.mark.skipif(REASON is not None or sysconfig.get_platform() != "linux-x86_64", reason="ELF")
@@ -335,4 +338,4 @@ def test_instruction_set_files_leak_nothing():
             shared = re.findall(r"\.(?:weak|globl)\s+(_Z\w+)", assembly)
             objects[tuple(command)] = shared
     names = [name for shared in objects.values() for name in shared]
-    assert len(names) == len(set(names)) == 9, names
+    assert len(names) == len(set(names)) == 15, names

@@ -20,7 +20,7 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 5 * (4 + 4) + 3
+    assert len(rows) == 7 * (4 + 6) + 5
     for row in rows:
         assert row["cubin_bytes"] > 0 and row["local"] == 0, row
         assert row["shared_bytes"] <= 48 * 1024, row
@@ -32,3 +32,10 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path):
         if row["kernel"] == "add_noise_kernel" and row["dtype"] != "fp64":
             # three stores of noise and both halves (or of the noise alone), as wide as they go
             assert set(row["stores"]) == {128}, row
+        if row["kernel"] == "ddim_step_kernel" and not row["variant"]:
+            # prediction, sample and noise, beside the coefficients; next, beside the partial sum
+            assert row["loads"].count(128) >= 3 and row["loads"].count(32) == 5, row
+            assert len(set(row["loads"])) == 2 and row["stores"].count(128) >= 1, row
+            assert len(row["stores"]) == row["stores"].count(128) + 1, row
+        if row["kernel"] == "ddim_step_backward_kernel":
+            assert row["loads"].count(128) >= 1 and set(row["stores"]) == {128}, row
