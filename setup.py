@@ -50,7 +50,7 @@ def find_nvcc() -> str | None:
 def cpu_commands(torch: Path) -> list[list[str]]:
     """One command per object, without its output."""
     include = [f"-I{torch}/include"]
-    names = ("library", "preference_cpu", "noise_cpu")
+    names = ("library", "preference_cpu", "noise_cpu", "ratios_cpu")
     commands = [[*COMPILER, *HOST, *include, f"{CSRC}/{name}.cpp"] for name in names]
     for isa, (vector, flags) in ISAS.items():
         macros = [f"-DDDE_FAST_ISA={isa}", f"-DDDE_FAST_VECTOR={vector}"]
@@ -68,7 +68,7 @@ def cuda_commands(torch: Path, nvcc: str, archs: tuple[int, ...] = ARCHS) -> lis
     flags = [*COMMON, "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", f"-isystem={torch}/include"]  # fmt: skip
     flags += ["-Werror=all-warnings", "-Xptxas=-v", "--threads=0", *codes]
     # noise without contraction: the CPU's bits
-    extra = {"preference_cuda": [], "noise_cuda": ["-fmad=false"]}
+    extra = {"preference_cuda": [], "noise_cuda": ["-fmad=false"], "ratios_cuda": []}
     return [[nvcc, *flags, *extra[name], f"{CSRC}/{name}.cu"] for name in extra]
 
 

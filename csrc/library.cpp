@@ -91,6 +91,11 @@ STABLE_TORCH_LIBRARY(dde_fast_cpp, m) {
   m.def(
       "add_noise(Tensor(a!) noisy, Tensor(b!) noise, Tensor latents, Tensor timesteps, "
       "Tensor alphas_cumprod, Tensor pair_ids, Tensor draws, int seed) -> ()");
+  m.def(
+      "observe_ratios(Tensor(a!) sums, Tensor policy_error, Tensor reference_error, "
+      "Tensor timesteps, Tensor scale) -> ()");
+  m.def(
+      "update_ratios(Tensor(a!) ratios, Tensor(b!) margins, Tensor(c!) sums, float decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CompositeExplicitAutograd, m) {

@@ -236,3 +236,25 @@ def add_noise(
         seed,
     )
     return noisy, noise
+
+
+def observe_ratios(
+    sums: Tensor,  # float64 [5, T]
+    policy_error: Tensor,  # [2B]
+    reference_error: Tensor,  # [2B]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    scale: Tensor,  # [T]
+) -> None:
+    """`dde_fast.ratios.observe_ratios` in one launch."""
+    errors = [x.to(accumulation_dtype(x)).contiguous() for x in (policy_error, reference_error)]
+    _ops(sums.device).observe_ratios(sums, *errors, _timesteps(timesteps), scale.contiguous())
+
+
+def update_ratios(
+    ratios: Tensor,  # float32 [4, T]
+    margins: Tensor,  # float32 [T]
+    sums: Tensor,  # float64 [5, T]
+    decay: float,
+) -> None:
+    """`dde_fast.ratios.update_ratios` in one launch."""
+    _ops(sums.device).update_ratios(ratios, margins, sums, decay)

@@ -21,7 +21,7 @@ from dde_fast.reference import accumulation_dtype, number_of_pairs
 BACKENDS = {
     "reference": ("reference", "ratios"),
     "triton": ("triton_kernels", "triton_ratios", "triton_noise"),
-    "cpp": ("compiled", "ratios"),
+    "cpp": ("compiled",),
 }
 """backend -> modules of `dde_fast` that hold its ops, searched in order."""
 
