@@ -87,9 +87,22 @@ inline Stream stream_of(const Tensor& pair_ids, const Tensor& draws, int64_t see
 
 // elements of each of B rows
 inline int64_t row_size(const Tensor& x, int64_t pairs, const char* name) {
-  STD_TORCH_CHECK(x.numel() % pairs == 0 && x.is_contiguous(), name, ": expected ", pairs,
-                  " contiguous rows");
+  STD_TORCH_CHECK(x.numel() % pairs == 0, name, ": expected ", pairs, " rows");
   return x.numel() / pairs;
+}
+
+// how each row of a contiguous or channels_last tensor lies in memory
+inline Layout layout_of(const Tensor& x, const char* name) {
+  if (x.is_contiguous()) return {1, 0};
+  STD_TORCH_CHECK(x.dim() == 4, name, ": expected contiguous or channels_last memory");
+  const int64_t channels = x.size(1), space = x.size(2) * x.size(3);
+  const int64_t strides[4] = {channels * space, 1, x.size(3) * channels, channels};
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(x.size(i) == 1 || x.stride(i) == strides[i], name,
+                    ": expected contiguous or channels_last memory");
+  }
+  STD_TORCH_CHECK(channels * space < (int64_t{1} << 32), name, ": too large for channels_last");
+  return {static_cast<uint32_t>(channels), static_cast<uint32_t>(space)};
 }
 
 // float64 [5, T]: four rows of observations, then their numbers

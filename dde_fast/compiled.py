@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dde_fast.reference import accumulation_dtype, same_layout
+from dde_fast.reference import accumulation_dtype, dense_rows, empty_noised, same_layout
 
 LINK = {"sigmoid": 0, "ipo": 1, "hinge": 2, "linear": 3}
 """Numbers of the links in csrc/preference.h."""
@@ -221,14 +221,14 @@ def add_noise(
     draws: Tensor,  # int64 [B]
     seed: int,
     dtype: torch.dtype,
+    channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`dde_fast.reference.add_noise` in one launch: each normal is made once for both halves."""
-    noisy = torch.empty(latents.shape, dtype=dtype, device=latents.device)
-    noise = torch.empty((len(pair_ids), *latents.shape[1:]), dtype=dtype, device=latents.device)
+    noisy, noise = empty_noised(latents, len(pair_ids), dtype, channels_last)
     _ops(latents.device).add_noise(
         noisy,
         noise,
-        latents.contiguous(),
+        dense_rows(latents),
         _timesteps(timesteps),
         alphas_cumprod.contiguous(),
         pair_ids.contiguous(),

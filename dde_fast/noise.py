@@ -115,6 +115,7 @@ def add_noise(
     pair_ids: Tensor,  # int64 [B]
     draw: int | Tensor,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Noise both halves of each pair with the pair's own noise: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
@@ -125,12 +126,15 @@ def add_noise(
         alphas_cumprod: [T], on the latents' device.
         seed, pair_ids, draw, backend: as in `pair_noise`.
         dtype: of both results; the latents' by default. The arithmetic is float32.
+        memory_format: of both results, `torch.channels_last` for a model in that layout: the same
+            numbers, written in that order by the same pass. The latents may have either.
 
     Returns:
         noisy [2B, …] and noise [B, …] (the regression target of `epsilon`, shared by the pair).
 
     Raises:
-        ValueError: an odd batch, or timesteps, pair_ids or devices that do not fit it.
+        ValueError: an odd batch, or timesteps, pair_ids or devices that do not fit it; another
+            memory format, or channels_last for latents without four dimensions.
     """
     pairs, odd = divmod(latents.shape[0], 2)
     if odd:
@@ -144,10 +148,21 @@ def add_noise(
     for name, tensor in (("timesteps", timesteps), ("alphas_cumprod", alphas_cumprod)):
         if tensor.device != latents.device:
             raise ValueError(f"{name}: expected on {latents.device}, got {tensor.device}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "memory_format: expected torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format}"
+        )
+    channels_last = memory_format == torch.channels_last
+    if channels_last and latents.dim() != 4:
+        raise ValueError(
+            "memory_format: expected latents [2B, C, H, W] with torch.channels_last, "
+            f"got {list(latents.shape)}"
+        )
     ids, draws, seed = _key(seed, pair_ids, draw, latents.device)
-    backend = ops.resolve_backend(backend, latents.device)
+    dtype, backend = dtype or latents.dtype, ops.resolve_backend(backend, latents.device)
     return ops.add_noise(
-        latents, timesteps, alphas_cumprod, ids, draws, seed, dtype or latents.dtype, backend
+        latents, timesteps, alphas_cumprod, ids, draws, seed, dtype, channels_last, backend
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dde_fast.reference import accumulation_dtype, number_of_pairs
+from dde_fast.reference import accumulation_dtype, empty_noised, number_of_pairs
 
 BACKENDS = {
     "reference": ("reference", "ratios"),
@@ -323,12 +323,13 @@ def add_noise(
     draws: Tensor,  # int64 [B]
     seed: int,
     dtype: torch.dtype,
+    channels_last: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """noisy [2B, …] and noise [B, …]: `dde_fast.noise.add_noise`."""
     _check_timesteps(timesteps, len(pair_ids), len(alphas_cumprod))
     return _op(backend, "add_noise")(
-        latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype
+        latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, channels_last
     )
 
 
@@ -347,7 +348,5 @@ def _(pair_ids, draws, choice, seed, backend):
 
 
 @add_noise.register_fake
-def _(latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, backend):
-    shape = latents.shape[1:]
-    noise = latents.new_empty((pair_ids.shape[0], *shape), dtype=dtype)
-    return latents.new_empty(latents.shape, dtype=dtype), noise
+def _(latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, channels_last, backend):
+    return empty_noised(latents, pair_ids.shape[0], dtype, channels_last)

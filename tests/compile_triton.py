@@ -82,13 +82,21 @@ def cases(dtype: str):
         "p_alphas_cumprod": "*fp64" if dtype == "fp64" else "*fp32",
         **dict.fromkeys(("p_pair_ids", "p_draws"), "*i64"),
         **dict.fromkeys(("seed_low", "seed_high"), "i64"),
-        **dict.fromkeys(("pairs", "N"), "i32"),
+        **dict.fromkeys(("pairs", "N", "space"), "i32"),
     }
-    for only in (False, True):
+    # contiguous, noise alone, and channels_last from channels_last
+    for only, last in ((False, False), (True, False), (False, True)):
         yield (
             triton_noise.add_noise_kernel,
             {**dict.fromkeys(("p_latents", "p_noisy", "p_noise"), f"*{dtype}"), **noise},
-            {"ONLY_NOISE": only, "BLOCK": triton_noise.BLOCK},
+            {
+                "ONLY_NOISE": only,
+                "CHANNELS": 4,
+                "LATENTS_LAST": last,
+                "OUT_LAST": last,
+                "TILES": last,
+                "BLOCK": triton_noise.BLOCK,
+            },
         )
 
 

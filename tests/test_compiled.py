@@ -157,6 +157,7 @@ def test_all_instruction_sets_and_threads_give_the_same_bits():
                     abar, t = torch.linspace(0.9, 0.1, 10), args[3]
                     noised = (args[0], t, abar, IDS[:5], DRAWS[:5], 3, dtype)
                     outputs += compiled.add_noise(*noised)
+                    outputs += compiled.add_noise(*noised, channels_last=True)
                 seen.append(outputs)
     finally:
         torch.set_num_threads(threads)

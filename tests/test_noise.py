@@ -1,5 +1,6 @@
 """The generator: published vectors, independence of batch composition, moments, refusals."""
 
+import itertools
 import math
 
 import pytest
@@ -152,6 +153,33 @@ def test_backends_add_the_same_noise(table, dtype, backend):
         torch.testing.assert_close(b, a, rtol=ulp, atol=1e-6)
 
 
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape",
+    # whole tiles of four and of sixteen channels, and rests; odd sizes; nothing to reorder
+    [(4, 18, 16), (16, 6, 10), (3, 8, 4), (5, 7, 9), (4, 5, 1), (1, 6, 6), (8, 1, 1)],
+)
+def test_channels_last_is_only_another_order(shape, backend):
+    alphas = torch.linspace(0.9991, 0.0047, 1000, device=DEVICE)
+    t = torch.tensor([999, 10], device=DEVICE)
+    keys = {"seed": 0, "pair_ids": IDS[:2].to(DEVICE), "draw": 1, "backend": backend}
+    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    for given, made in ((fp32, fp32), (bf16, bf16), (fp16, fp16), (bf16, fp32), (fp32, fp64)):
+        latents = torch.randn(4, *shape, device=DEVICE).to(given)
+        expected = add_noise(latents, t, alphas, **keys, dtype=made)
+        # the third is neither: every other column of a wider tensor
+        inputs = [latents.contiguous(memory_format=layout) for layout in LAYOUTS]
+        inputs.append(latents.repeat_interleave(2, 3)[..., ::2])
+        for x, layout in itertools.product(inputs, LAYOUTS):
+            results = add_noise(x, t, alphas, **keys, dtype=made, memory_format=layout)
+            for result, same in zip(results, expected, strict=True):
+                assert result.dtype == made and result.equal(same)
+                assert result.stride() == torch.empty(result.shape, memory_format=layout).stride()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ops(backend):
     """opcheck, and one compiled graph with eager's numbers."""
@@ -161,24 +189,28 @@ def test_ops(backend):
     latents = torch.randn(8, 3, 5, device=DEVICE)
     alphas = torch.linspace(0.9, 0.1, 10, device=DEVICE)
     t = torch.tensor([0, 3, 9, 5], device=DEVICE)
-    args = (latents, t, alphas, ids, draws, 0, torch.bfloat16, backend)
+    args = (latents, t, alphas, ids, draws, 0, torch.bfloat16, False, backend)
+    torch.library.opcheck(torch.ops.dde_fast.add_noise, args)
+    latents = torch.randn(8, 3, 5, 2, device=DEVICE)
+    args = (latents, t, alphas, ids, draws, 0, torch.bfloat16, True, backend)
     torch.library.opcheck(torch.ops.dde_fast.add_noise, args)
 
     def step(latents, ids):
         keys = {"seed": 5, "pair_ids": ids, "draw": 0, "backend": backend}
         times = sample_timesteps(torch.ones(10, device=DEVICE), **keys)
-        return times, *add_noise(latents, times, alphas, **keys)
+        layout = {"memory_format": torch.channels_last}
+        return times, *add_noise(latents, times, alphas, **keys, **layout)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(latents, ids), step(latents, ids), strict=True):
-        assert a.equal(b)
+        assert a.equal(b) and a.stride() == b.stride()
 
 
 def test_a_timestep_out_of_range_is_refused():
     with pytest.raises(ValueError, match="timesteps: .*got 10"):
         ops.add_noise(
             torch.zeros(2, 4), torch.tensor([10]), torch.ones(10), torch.zeros(1).long(),
-            torch.zeros(1).long(), 0, torch.float32, "reference",
+            torch.zeros(1).long(), 0, torch.float32, False, "reference",
         )  # fmt: skip
 
 
@@ -194,6 +226,11 @@ def test_a_timestep_out_of_range_is_refused():
         ({"latents": torch.zeros(3, 1, 2, 2)}, "latents: expected an even batch"),
         ({"timesteps": torch.zeros(3).long()}, "timesteps: expected"),
         ({"alphas_cumprod": torch.ones(10, device="meta")}, "alphas_cumprod: expected on"),
+        ({"memory_format": torch.preserve_format}, "memory_format: expected torch.contiguous"),
+        (
+            {"memory_format": torch.channels_last, "latents": torch.zeros(4, 3, 2)},
+            r"memory_format: expected latents \[2B, C, H, W\]",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):

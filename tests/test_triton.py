@@ -20,7 +20,7 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 5 * (4 + 4) + 3
+    assert len(rows) == 6 * (4 + 4) + 3
     for row in rows:
         assert row["cubin_bytes"] > 0 and row["local"] == 0, row
         assert row["shared_bytes"] <= 48 * 1024, row
