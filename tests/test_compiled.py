@@ -267,7 +267,9 @@ def test_ratio_table(dtype, steps):
         table = torch.rand(4, steps, generator=torch.Generator().manual_seed(1))
         margins, sums = torch.zeros(steps), torch.zeros(5, steps, dtype=torch.float64)
         module.observe_ratios(sums, policy, ref, t, scale)
-        module.observe_ratios(sums, ref.repeat_interleave(2)[::2], policy.float(), t.repeat(2), scale)
+        module.observe_ratios(
+            sums, ref.repeat_interleave(2)[::2], policy.float(), t.repeat(2), scale
+        )
         seen = sums.clone()
         module.update_ratios(table, margins, sums, 0.9)
         assert not sums.any()
