@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dde_fast.reference import MASK32, dense_rows, empty_noised
+from dde_fast.triton_kernels import NUM_WARPS
 
 BLOCK = 256
 """Philox blocks of a program, four elements each."""
@@ -260,5 +261,5 @@ def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=N
         OUT_LAST=out_last,
         TILES=out_last and BLOCK % channels == 0 and space % 4 == 0,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
