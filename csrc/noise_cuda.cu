@@ -173,8 +173,9 @@ Noise noise_of(const Tensor& noise, const Tensor& pair_ids, const Tensor& draws,
   return a;
 }
 
-// With the threads in the order of channels_last memory, where whole groups of them fill a block:
-// then what is channels_last is read and written as a contiguous row is, and what is not, is not.
+// Puts the threads in the order of channels_last memory, where whole groups of `channels` threads
+// fill a block: channels_last rows are then moved like contiguous ones, and contiguous latents are
+// found through the map the other way round.
 bool arrange_tiles(Noise& a) {
   const Layout to = a.to;
   if (to.channels == 1 || THREADS % to.channels || to.space % 4) return false;
