@@ -50,7 +50,7 @@ def find_nvcc() -> str | None:
 def cpu_commands(torch: Path) -> list[list[str]]:
     """One command per object, without its output."""
     include = [f"-I{torch}/include"]
-    names = ("library", "preference_cpu", "noise_cpu", "ddim_cpu")
+    names = ("library", "preference_cpu", "noise_cpu", "ratios_cpu", "ddim_cpu")
     commands = [[*COMPILER, *HOST, *include, f"{CSRC}/{name}.cpp"] for name in names]
     for isa, (vector, flags) in ISAS.items():
         macros = [f"-DDDE_FAST_ISA={isa}", f"-DDDE_FAST_VECTOR={vector}"]
@@ -69,7 +69,7 @@ def cuda_commands(torch: Path, nvcc: str, archs: tuple[int, ...] = ARCHS) -> lis
     flags += ["-Werror=all-warnings", "-Xptxas=-v", "--threads=0", *codes]
     # noise and samples without contraction: the CPU's bits
     exact = ["-fmad=false"]
-    extra = {"preference_cuda": [], "noise_cuda": exact, "ddim_cuda": exact}
+    extra = {"preference_cuda": [], "noise_cuda": exact, "ratios_cuda": [], "ddim_cuda": exact}
     return [[nvcc, *flags, *extra[name], f"{CSRC}/{name}.cu"] for name in extra]
 
 

@@ -2,7 +2,7 @@
 
 `eager` is their `ddim_step_with_logprob` written well: coefficients looked up before, one mean for
 both candidates, nothing copied. `forward` makes the candidates from noise without a graph, as
-sampling does; `train` judges given ones and differentiates their log-probabilities. Bytes: each
+sampling does; `both` judges given ones and differentiates their log-probabilities. Bytes: each
 input read once and each output written once, forward and backward for themselves.
 """
 
@@ -61,11 +61,11 @@ def calls(name: str, mode: str, sets: list):
         with torch.no_grad():
             return step(prediction, sample, coefficients, noise, None)
 
-    def train(prediction, sample, coefficients, next_sample):
+    def both(prediction, sample, coefficients, next_sample):
         _, log_prob = step(prediction, sample, coefficients, None, next_sample)
         return torch.autograd.grad(log_prob.sum(), prediction)
 
-    return [lambda s=s: {"forward": forward, "train": train}[mode](*s) for s in sets]
+    return [lambda s=s: {"forward": forward, "both": both}[mode](*s) for s in sets]
 
 
 def inputs(batch: int, shape: tuple[int, ...], dtype: torch.dtype):
@@ -76,7 +76,7 @@ def inputs(batch: int, shape: tuple[int, ...], dtype: torch.dtype):
     return prediction.requires_grad_(), sample, coefficients.to(DEVICE), other
 
 
-@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("mode", ["forward", "both"])
 @pytest.mark.parametrize("name", ["eager", *BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("batch", BATCHES)
@@ -89,6 +89,7 @@ def bench_ddim(measure, benchmark, shape, batch, dtype, name, mode):
     measure(
         calls(name, mode, sets),
         bytes=rows * batch * torch.Size(SHAPES[shape]).numel() * dtype.itemsize,
+        op="ddim_step",
         name=name,
         mode=mode,
         pairs=batch,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dde_fast import ops
+from dde_fast import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = os.environ.get("BENCH_SMALL") == "1"
@@ -26,7 +26,7 @@ SECONDS = 0.3
 FLUSH_BYTES = 256 * 2**20
 
 # Triton's interpreter is no backend to time
-BACKENDS = [name for name in ops.BACKENDS if ops.why_not(name, DEVICE) is None]
+BACKENDS = [name for name in backends.BACKENDS if backends.why_not(name, DEVICE) is None]
 if DEVICE.type == "cpu":
     BACKENDS = [name for name in BACKENDS if name != "triton"]
 

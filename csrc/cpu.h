@@ -34,6 +34,7 @@ struct NoiseTask {
   void* noisy;  // [2B, N], null: noise alone
   DType dtype;  // of both
   Rows latents;
+  Layout from, to;  // of the latents, and of noise and noisy
   const float *signal, *sigma;  // [B], √ᾱ_t and √(1-ᾱ_t)
   Stream stream;
   int64_t pairs, n, chunks;

@@ -101,6 +101,11 @@ STABLE_TORCH_LIBRARY(dde_fast_cpp, m) {
       "ddim_step_backward(Tensor(a!) gradient, Tensor? grad_next, Tensor? grad_log_prob, "
       "Tensor prediction, Tensor sample, Tensor next, Tensor coefficients, int prediction_type) "
       "-> ()");
+  m.def(
+      "observe_ratios(Tensor(a!) sums, Tensor policy_error, Tensor reference_error, "
+      "Tensor timesteps, Tensor scale) -> ()");
+  m.def(
+      "update_ratios(Tensor(a!) ratios, Tensor(b!) margins, Tensor(c!) sums, float decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CompositeExplicitAutograd, m) {

@@ -14,6 +14,7 @@ NoiseTask task_of(const Tensor& noise, const Tensor& pair_ids, const Tensor& dra
   task.stream = stream_of(pair_ids, draws, seed);
   task.pairs = pair_ids.numel();
   task.n = row_size(noise, task.pairs, "noise");
+  task.to = layout_of(noise, "noise");
   task.chunks = (task.n + CHUNK - 1) / CHUNK;
   task.noise = noise.data_ptr();
   task.dtype = dtype_of(noise, "noise");
@@ -46,8 +47,10 @@ void add_noise_cpu(Tensor noisy,           // [2B, …]
   NoiseTask task = task_of(noise, pair_ids, draws, seed);
   task.latents = rows_of(latents, task.pairs, task.n, "latents");
   const Rows out = rows_of(noisy, task.pairs, task.n, "noisy");
-  STD_TORCH_CHECK(out.rows == 2 * task.pairs && out.dtype == task.dtype,
-                  "noisy: expected ", 2 * task.pairs, " rows of noise's dtype");
+  task.from = layout_of(latents, "latents");
+  STD_TORCH_CHECK(out.rows == 2 * task.pairs && out.dtype == task.dtype &&
+                      layout_of(noisy, "noisy").channels == task.to.channels,
+                  "noisy: expected ", 2 * task.pairs, " rows of noise's dtype and layout");
   const Schedule schedule = schedule_of(timesteps, alphas_cumprod, nullptr, task.pairs);
   const std::unique_ptr<float[]> coefficients(new float[2 * task.pairs]);
   for (int64_t pair = 0; pair < task.pairs; ++pair) {

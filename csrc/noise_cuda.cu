@@ -11,6 +11,8 @@ struct Noise {
   void *noise, *noisy;  // [B, N] and [2B, N]; noisy null: noise alone
   DType dtype;          // of both
   Rows latents;
+  Layout from, to;    // of the latents, and of noise and noisy
+  Layout tiles_of;    // as `to`, where the threads follow the order of memory
   Schedule schedule;  // ᾱ in the place of the weights
   int64_t pairs, n, tiles;
   bool vector;  // N a multiple of 4, all aligned
@@ -63,6 +65,39 @@ __device__ __forceinline__ void load4(const Noise& a, int64_t at, int count, flo
   }
 }
 
+// elements `at` … of a row of noise or noisy
+__device__ __forceinline__ void store_row(const Noise& a, void* data, int64_t row, int64_t at,
+                                          int count, const float (&x)[4]) {
+  if (a.to.channels == 1) return store4(a, data, row * a.n + at, count, x);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i < count) store_any(data, a.dtype, row * a.n + offset(a.to, at + i), x[i]);
+  }
+}
+
+__device__ __forceinline__ void load_row(const Noise& a, int64_t row, int64_t at, int count,
+                                         float (&x)[4]) {
+  if (a.from.channels == 1) return load4(a, row * a.n + at, count, x);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[i] = i < count ? load_any<float>(a.latents, row * a.n + offset(a.from, at + i)) : 0.0f;
+  }
+}
+
+// As many threads as channels hold four pixels of one channel each; afterwards each holds the next
+// four elements of their common memory.
+__device__ __forceinline__ void transpose(uint32_t channels, float (&x)[4]) {
+  __shared__ float tile[4 * THREADS];
+  const uint32_t channel = threadIdx.x % channels;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) tile[4 * (threadIdx.x - channel) + i * channels + channel] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = tile[4 * threadIdx.x + i];
+}
+
+// TILES: channels_last, made in the order of memory
+template <bool TILES>
 __global__ void __launch_bounds__(THREADS) noise_kernel(Noise a) {
   const int64_t pair = blockIdx.x / a.tiles;
   __shared__ float coefficients[2];
@@ -72,24 +107,33 @@ __global__ void __launch_bounds__(THREADS) noise_kernel(Noise a) {
     }
     __syncthreads();
   }
-  const int64_t block = blockIdx.x % a.tiles * THREADS + threadIdx.x, at = 4 * block;
-  if (at >= a.n) return;
+  const int64_t index = blockIdx.x % a.tiles * THREADS + threadIdx.x, at = 4 * index;
+  if (!TILES && at >= a.n) return;
   const int count = a.n - at < 4 ? static_cast<int>(a.n - at) : 4;
+  uint32_t block = static_cast<uint32_t>(index);
+  if constexpr (TILES) {
+    const uint32_t channels = a.tiles_of.channels;
+    block = block % channels * (a.tiles_of.space / 4) + block / channels;
+  }
   uint32_t words[4];
-  block_words(a.stream, pair, static_cast<uint32_t>(block), words);
+  block_words(a.stream, pair, block, words);
   float noise[4];
   box_muller(words, noise);
-  store4(a, a.noise, pair * a.n + at, count, noise);
+  if constexpr (TILES) {
+    transpose(a.tiles_of.channels, noise);
+    if (at >= a.n) return;
+  }
+  store_row(a, a.noise, pair, at, count, noise);
   if (!a.noisy) return;
   const float signal = coefficients[0], sigma = coefficients[1];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t from = (pair + half * a.pairs) * a.n + at;
+    const int64_t row = pair + half * a.pairs;
     float x[4];
-    load4(a, from, count, x);
+    load_row(a, row, at, count, x);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = signal * x[i] + sigma * noise[i];
-    store4(a, a.noisy, from, count, x);
+    store_row(a, a.noisy, row, at, count, x);
   }
 }
 
@@ -123,15 +167,31 @@ Noise noise_of(const Tensor& noise, const Tensor& pair_ids, const Tensor& draws,
   a.n = row_size(noise, a.pairs, "noise");
   a.tiles = ((a.n + 3) / 4 + THREADS - 1) / THREADS;
   a.noise = noise.data_ptr();
+  a.to = layout_of(noise, "noise");
   a.dtype = dtype_of(noise, "noise");
   a.vector = a.n % 4 == 0 && is_aligned(a.noise);
   return a;
 }
 
-void launch(const Noise& a, const Tensor& like) {
+// Puts the threads in the order of channels_last memory, where whole groups of `channels` threads
+// fill a block: channels_last rows are then moved like contiguous ones, and contiguous latents are
+// found through the map the other way round.
+bool arrange_tiles(Noise& a) {
+  const Layout to = a.to;
+  if (to.channels == 1 || THREADS % to.channels || to.space % 4) return false;
+  a.tiles_of = to;
+  a.to = {1, 0};
+  a.from = a.from.channels == 1 ? Layout{to.space, to.channels} : a.to;
+  return true;
+}
+
+void launch(Noise a, const Tensor& like) {
   if (a.n == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  noise_kernel<<<blocks_of(a.pairs, a.tiles), THREADS, 0, current_stream(like)>>>(a);
+  const unsigned blocks = blocks_of(a.pairs, a.tiles);
+  const cudaStream_t stream = current_stream(like);
+  arrange_tiles(a) ? noise_kernel<true><<<blocks, THREADS, 0, stream>>>(a)
+                   : noise_kernel<false><<<blocks, THREADS, 0, stream>>>(a);
   check_launch("noise_kernel");
 }
 
@@ -156,8 +216,10 @@ void add_noise_cuda(Tensor noisy,           // [2B, …]
   }
   a.latents = rows_of(latents, a.pairs, a.n, "latents");
   const Rows out = rows_of(noisy, a.pairs, a.n, "noisy");
-  STD_TORCH_CHECK(out.rows == 2 * a.pairs && out.dtype == a.dtype,
-                  "noisy: expected ", 2 * a.pairs, " rows of noise's dtype");
+  a.from = layout_of(latents, "latents");
+  STD_TORCH_CHECK(out.rows == 2 * a.pairs && out.dtype == a.dtype &&
+                      layout_of(noisy, "noisy").channels == a.to.channels,
+                  "noisy: expected ", 2 * a.pairs, " rows of noise's dtype and layout");
   a.schedule = schedule_of(timesteps, alphas_cumprod, nullptr, a.pairs);
   a.noisy = noisy.data_ptr();
   a.vector = a.vector && is_aligned(a.noisy) && is_aligned(a.latents.data);

@@ -82,12 +82,65 @@ void normals_of(const uint32_t words[4][BLOCK / 4], float* out) {
   }
 }
 
+// moves n elements from `at` on between a channels_last row and a dense buffer
+template <bool WRITE, class E>
+DDE_FN void move(const Layout& layout, int64_t at, int64_t n, E* row, E* dense) {
+  const int64_t channels = layout.channels, space = layout.space;
+  while (n > 0) {  // a channel at a time
+    const int64_t pixel = at % space, run = n < space - pixel ? n : space - pixel;
+    E* elements = row + pixel * channels + at / space;
+    for (int64_t i = 0; i < run; ++i) {
+      if (WRITE) {
+        elements[i * channels] = dense[i];
+      } else {
+        dense[i] = elements[i * channels];
+      }
+    }
+    at += run;
+    n -= run;
+    dense += run;
+  }
+}
+
+template <bool WRITE>
+DDE_FN void move(const Layout& layout, DType dtype, int64_t row, int64_t n_row, int64_t at,
+                 int64_t n, void* data, void* dense) {
+  if (bytes_of(dtype) == 2) {
+    move<WRITE>(layout, at, n, static_cast<uint16_t*>(data) + row * n_row,
+                static_cast<uint16_t*>(dense));
+  } else if (dtype == F32) {
+    move<WRITE>(layout, at, n, static_cast<float*>(data) + row * n_row, static_cast<float*>(dense));
+  } else {
+    move<WRITE>(layout, at, n, static_cast<double*>(data) + row * n_row,
+                static_cast<double*>(dense));
+  }
+}
+
+// n numbers as elements `at` … of a row of noise or noisy
+DDE_FN void store(const NoiseTask& task, const float* x, void* data, int64_t row, int64_t at,
+                  int64_t n) {
+  if (task.to.channels == 1) return narrow(x, data, task.dtype, row * task.n + at, n);
+  alignas(64) unsigned char dense[8 * BLOCK];
+  narrow(x, dense, task.dtype, 0, n);
+  move<true>(task.to, task.dtype, row, task.n, at, n, data, dense);
+}
+
+// elements `at` … of a row of latents as floats: in place, or in one of the two buffers
+DDE_FN const float* load(const NoiseTask& task, int64_t row, int64_t at, int64_t n, void* dense,
+                         float* buffer) {
+  const Rows& x = task.latents;
+  if (task.from.channels == 1) return widen(x, row, task.n, at, n, buffer);
+  move<false>(task.from, x.dtype, row_of(x, row), task.n, at, n, const_cast<void*>(x.data), dense);
+  return widen(Rows{dense, 1, x.dtype}, 0, n, 0, n, buffer);
+}
+
 }  // namespace
 
 void noise_loop(const void* argument, int64_t begin, int64_t end) {
   const NoiseTask& task = *static_cast<const NoiseTask*>(argument);
   alignas(64) uint32_t words[4][BLOCK / 4];
   alignas(64) float noise[BLOCK], b_x[BLOCK], noisy[BLOCK];
+  alignas(64) unsigned char dense[8 * BLOCK];
   for (int64_t i_task = begin; i_task < end; ++i_task) {
     const int64_t pair = i_task / task.chunks, chunk = i_task % task.chunks;
     const int64_t stop = (chunk + 1) * CHUNK < task.n ? (chunk + 1) * CHUNK : task.n;
@@ -95,14 +148,14 @@ void noise_loop(const void* argument, int64_t begin, int64_t end) {
       const int64_t n = stop - at < BLOCK ? stop - at : BLOCK;
       words_of(task, pair, static_cast<uint32_t>(at / 4), words);
       normals_of(words, noise);
-      narrow(noise, task.noise, task.dtype, pair * task.n + at, n);
+      store(task, noise, task.noise, pair, at, n);
       if (!task.noisy) continue;
       const float signal = task.signal[pair], sigma = task.sigma[pair];
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t sample = pair + half * task.pairs;
-        const float* x = widen(task.latents, sample, task.n, at, n, b_x);
+        const float* x = load(task, sample, at, n, dense, b_x);
         for (int64_t i = 0; i < n; ++i) noisy[i] = signal * x[i] + sigma * noise[i];
-        narrow(noisy, task.noisy, task.dtype, sample * task.n + at, n);
+        store(task, noisy, task.noisy, sample, at, n);
       }
     }
   }

@@ -24,6 +24,18 @@ struct Rows {
   DType dtype;
 };
 
+// Where element i of a row lies: at i, or in channels_last at pixel · channels + channel.
+struct Layout {
+  uint32_t channels;  // 1: at i
+  uint32_t space;     // pixels of a channel, unread with one channel
+};
+
+DDE_FN int64_t offset(const Layout& layout, int64_t i) {
+  if (layout.channels == 1) return i;
+  const uint32_t element = static_cast<uint32_t>(i);
+  return static_cast<int64_t>(element % layout.space) * layout.channels + element / layout.space;
+}
+
 // a row of fp32 or fp64 numbers
 struct Column {
   const void* data;

@@ -13,6 +13,7 @@
 #include "ddim.h"
 #include "noise.h"
 #include "preference.h"
+#include "ratios.h"
 
 namespace dde_fast {
 
@@ -87,9 +88,54 @@ inline Stream stream_of(const Tensor& pair_ids, const Tensor& draws, int64_t see
 
 // elements of each of B rows
 inline int64_t row_size(const Tensor& x, int64_t pairs, const char* name) {
-  STD_TORCH_CHECK(x.numel() % pairs == 0 && x.is_contiguous(), name, ": expected ", pairs,
-                  " contiguous rows");
+  STD_TORCH_CHECK(x.numel() % pairs == 0, name, ": expected ", pairs, " rows");
   return x.numel() / pairs;
+}
+
+// how each row of a contiguous or channels_last tensor lies in memory
+inline Layout layout_of(const Tensor& x, const char* name) {
+  if (x.is_contiguous()) return {1, 0};
+  STD_TORCH_CHECK(x.dim() == 4, name, ": expected contiguous or channels_last memory");
+  const int64_t channels = x.size(1), space = x.size(2) * x.size(3);
+  const int64_t strides[4] = {channels * space, 1, x.size(3) * channels, channels};
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(x.size(i) == 1 || x.stride(i) == strides[i], name,
+                    ": expected contiguous or channels_last memory");
+  }
+  STD_TORCH_CHECK(channels * space < (int64_t{1} << 32), name, ": too large for channels_last");
+  return {static_cast<uint32_t>(channels), static_cast<uint32_t>(space)};
+}
+
+// float64 [5, T]: four rows of observations, then their numbers
+inline int64_t steps_of(const Tensor& sums) {
+  const int64_t steps = sums.numel() / 5;
+  STD_TORCH_CHECK(sums.dim() == 2 && steps > 0, "sums: expected [5, T]");
+  check_vector(sums, 5 * steps, ScalarType::Double, "sums");
+  return steps;
+}
+
+inline Observations observations_of(const Tensor& sums, const Tensor& policy_error,
+                                    const Tensor& reference_error, const Tensor& timesteps,
+                                    const Tensor& scale) {
+  const int64_t steps = steps_of(sums), pairs = policy_error.numel() / 2;
+  const bool halves = timesteps.numel() == 2 * pairs;
+  check_vector(timesteps, halves ? 2 * pairs : pairs, ScalarType::Long, "timesteps");
+  return {static_cast<double*>(sums.data_ptr()),
+          column_of(policy_error, 2 * pairs, "policy_error"),
+          column_of(reference_error, 2 * pairs, "reference_error"),
+          static_cast<const int64_t*>(timesteps.data_ptr()),
+          column_of(scale, steps, "scale"),
+          pairs,
+          steps};
+}
+
+inline Table table_of(const Tensor& ratios, const Tensor& margins, const Tensor& sums,
+                      double decay) {
+  const int64_t steps = steps_of(sums);
+  check_vector(ratios, 4 * steps, ScalarType::Float, "ratios");
+  check_vector(margins, steps, ScalarType::Float, "margins");
+  return {static_cast<float*>(ratios.data_ptr()), static_cast<float*>(margins.data_ptr()),
+          static_cast<double*>(sums.data_ptr()), decay, steps};
 }
 
 inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> sizes, bool wide) {

@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 import dde_fast
-from dde_fast import compiled, ops
+from dde_fast import backends, compiled
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xformers", "peft")
 
@@ -30,12 +30,12 @@ def main() -> None:
     for name in devices:
         device = torch.device(name)
         what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        print(f"{name} ({what}): backend {ops.resolve_backend('auto', device)}")
-        for backend in ops.BACKENDS:
+        print(f"{name} ({what}): backend {backends.resolve_backend('auto', device)}")
+        for backend in backends.BACKENDS:
             there = "available"
-            if backend == "cpp" and device.type == "cpu" and not ops.why_not(backend, device):
+            if backend == "cpp" and device.type == "cpu" and not backends.why_not(backend, device):
                 there += f", {compiled.isa()}"
-            print(f"  {backend:<13}{ops.why_not(backend, device) or there}")
+            print(f"  {backend:<13}{backends.why_not(backend, device) or there}")
 
 
 if __name__ == "__main__":

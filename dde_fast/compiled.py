@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dde_fast.reference import accumulation_dtype, same_layout
+from dde_fast.reference import accumulation_dtype, dense_rows, empty_noised, same_layout
 
 LINK = {"sigmoid": 0, "ipo": 1, "hinge": 2, "linear": 3}
 """Numbers of the links in csrc/preference.h."""
@@ -223,14 +223,14 @@ def add_noise(
     draws: Tensor,  # int64 [B]
     seed: int,
     dtype: torch.dtype,
+    channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`dde_fast.reference.add_noise` in one launch: each normal is made once for both halves."""
-    noisy = torch.empty(latents.shape, dtype=dtype, device=latents.device)
-    noise = torch.empty((len(pair_ids), *latents.shape[1:]), dtype=dtype, device=latents.device)
+    noisy, noise = empty_noised(latents, len(pair_ids), dtype, channels_last)
     _ops(latents.device).add_noise(
         noisy,
         noise,
-        latents.contiguous(),
+        dense_rows(latents),
         _timesteps(timesteps),
         alphas_cumprod.contiguous(),
         pair_ids.contiguous(),
@@ -298,3 +298,25 @@ def ddim_step_backward(
         PREDICTION[prediction_type],
     )
     return out if out.stride() == gradient.stride() else gradient.copy_(out)
+
+
+def observe_ratios(
+    sums: Tensor,  # float64 [5, T]
+    policy_error: Tensor,  # [2B]
+    reference_error: Tensor,  # [2B]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    scale: Tensor,  # [T]
+) -> None:
+    """`dde_fast.ratios.observe_ratios` in one launch."""
+    errors = [x.to(accumulation_dtype(x)).contiguous() for x in (policy_error, reference_error)]
+    _ops(sums.device).observe_ratios(sums, *errors, _timesteps(timesteps), scale.contiguous())
+
+
+def update_ratios(
+    ratios: Tensor,  # float32 [4, T]
+    margins: Tensor,  # float32 [T]
+    sums: Tensor,  # float64 [5, T]
+    decay: float,
+) -> None:
+    """`dde_fast.ratios.update_ratios` in one launch."""
+    _ops(sums.device).update_ratios(ratios, margins, sums, decay)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dde_fast import ops, ratios, schedule
+from dde_fast import backends, ops, ratios, schedule
 from dde_fast.objectives import get_objective, timestep_probabilities
 
 LINKS = ("sigmoid", "ipo", "hinge")
@@ -118,8 +118,10 @@ class PreferenceLoss(nn.Module):
             )
         if not 0 <= ratio_decay < 1:
             raise ValueError(f"ratio_decay: expected 0 <= decay < 1, got {ratio_decay}")
-        if backend not in ("auto", *ops.BACKENDS):
-            raise ValueError(f"backend: expected one of {['auto', *ops.BACKENDS]}, got {backend!r}")
+        if backend not in ("auto", *backends.BACKENDS):
+            raise ValueError(
+                f"backend: expected one of {['auto', *backends.BACKENDS]}, got {backend!r}"
+            )
         self.prediction_type, self.ratio_decay, self.backend = prediction_type, ratio_decay, backend
         preference = self.objective.needs_reference
         self.beta = float(beta) if preference else 1.0
@@ -178,7 +180,7 @@ class PreferenceLoss(nn.Module):
         elif reference is None:
             raise ValueError(f"reference: objective {self.objective.name!r} needs it, got None")
         _check_inputs(policy, reference, target, timesteps, self.weights)
-        backend = ops.resolve_backend(self.backend, policy.device)
+        backend = backends.resolve_backend(self.backend, policy.device)
         with_gradient = ops.gradient_with_forward(backend, policy)
         op = ops.preference_loss_with_gradient if with_gradient else ops.preference_loss
         loss, logits, policy_error, reference_error, margin, *_ = op(
@@ -220,7 +222,7 @@ class PreferenceLoss(nn.Module):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.ratio_sums, group=group)
-        backend = ops.resolve_backend(self.backend, self.ratios.device)
+        backend = backends.resolve_backend(self.backend, self.ratios.device)
         ops.update_ratios(self.ratios, self.margins, self.ratio_sums, self.ratio_decay, backend)
 
     def timestep_probabilities(self, low: int = 0, high: int | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dde_fast import ops
+from dde_fast import backends, ops
 
 TIMESTEP, CAPTION_DROPOUT = 0, 1
 """Numbers of the single choices of a pair, for `pair_uniform`."""
@@ -49,7 +49,7 @@ def pair_noise(
         ValueError: seed or draw out of range, pair_ids not int64 [B].
     """
     ids, draws, seed = _key(seed, pair_ids, draw, device)
-    backend = ops.resolve_backend(backend, ids.device)
+    backend = backends.resolve_backend(backend, ids.device)
     return ops.pair_noise(ids, draws, list(shape), seed, backend)
 
 
@@ -74,7 +74,7 @@ def pair_uniform(
     if not 0 <= choice < 2**16:
         raise ValueError(f"choice: expected 0 <= choice < 2**16, got {choice}")
     ids, draws, seed = _key(seed, pair_ids, draw, device)
-    return ops.pair_uniform(ids, draws, choice, seed, ops.resolve_backend(backend, ids.device))
+    return ops.pair_uniform(ids, draws, choice, seed, backends.resolve_backend(backend, ids.device))
 
 
 def sample_timesteps(
@@ -115,6 +115,7 @@ def add_noise(
     pair_ids: Tensor,  # int64 [B]
     draw: int | Tensor,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Noise both halves of each pair with the pair's own noise: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε.
@@ -125,12 +126,15 @@ def add_noise(
         alphas_cumprod: [T], on the latents' device.
         seed, pair_ids, draw, backend: as in `pair_noise`.
         dtype: of both results; the latents' by default. The arithmetic is float32.
+        memory_format: of both results, `torch.channels_last` for a model in that layout: the same
+            numbers, written in that order by the same pass. The latents may have either.
 
     Returns:
         noisy [2B, …] and noise [B, …] (the regression target of `epsilon`, shared by the pair).
 
     Raises:
-        ValueError: an odd batch, or timesteps, pair_ids or devices that do not fit it.
+        ValueError: an odd batch, or timesteps, pair_ids or devices that do not fit it; another
+            memory format, or channels_last for latents without four dimensions.
     """
     pairs, odd = divmod(latents.shape[0], 2)
     if odd:
@@ -144,10 +148,21 @@ def add_noise(
     for name, tensor in (("timesteps", timesteps), ("alphas_cumprod", alphas_cumprod)):
         if tensor.device != latents.device:
             raise ValueError(f"{name}: expected on {latents.device}, got {tensor.device}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            "memory_format: expected torch.contiguous_format or torch.channels_last, "
+            f"got {memory_format}"
+        )
+    channels_last = memory_format == torch.channels_last
+    if channels_last and latents.dim() != 4:
+        raise ValueError(
+            "memory_format: expected latents [2B, C, H, W] with torch.channels_last, "
+            f"got {list(latents.shape)}"
+        )
     ids, draws, seed = _key(seed, pair_ids, draw, latents.device)
-    backend = ops.resolve_backend(backend, latents.device)
+    dtype, backend = dtype or latents.dtype, backends.resolve_backend(backend, latents.device)
     return ops.add_noise(
-        latents, timesteps, alphas_cumprod, ids, draws, seed, dtype or latents.dtype, backend
+        latents, timesteps, alphas_cumprod, ids, draws, seed, dtype, channels_last, backend
     )
 
 

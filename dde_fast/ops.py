@@ -1,67 +1,21 @@
-"""The public torch ops: schema, fake kernels, gradient, and the choice of backend.
+"""The public torch ops: schema, fake kernels, gradient.
 
 `torch.ops.dde_fast.*` are `torch.library` ops: they pass opcheck, run under
-`torch.compile(fullgraph=True)` and on the meta device. A backend is a few modules with functions
-of the ops' names; `BACKENDS` is the table of them.
+`torch.compile(fullgraph=True)` and on the meta device. Their last argument names the backend.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dde_fast.reference import accumulation_dtype, number_of_pairs
-
-BACKENDS = {
-    "reference": ("reference", "ratios"),
-    "triton": ("triton_kernels", "triton_ratios", "triton_noise", "triton_sampling"),
-    "cpp": ("compiled", "ratios"),
-}
-"""backend -> modules of `dde_fast` that hold its ops, searched in order."""
-
-AUTO = {"cpu": ("cpp",), "cuda": ("triton", "cpp"), "xpu": ("triton",)}
-"""device type -> backends by preference, before the reference, which serves everywhere."""
+from dde_fast.backends import implementation
+from dde_fast.reference import accumulation_dtype, empty_noised, number_of_pairs
 
 WITH_GRADIENT = ("cpp",)
 """Backends that can make the gradient in the forward's pass."""
-
-
-def why_not(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot serve tensors of a device; None if it can."""
-    if backend == "cpp":
-        from dde_fast import compiled
-
-        return compiled.why_not(device)
-    if backend != "triton":
-        return None
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type not in ("cuda", "xpu", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"triton has no kernels for {device.type} tensors (TRITON_INTERPRET=1 simulates)"
-    return None
-
-
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that serves `device`; `auto` is the first of `AUTO` that can.
-
-    Raises:
-        ValueError: an unknown backend, or one that cannot serve the device, with the reason.
-    """
-    if backend == "auto":
-        able = (name for name in AUTO.get(device.type, ()) if why_not(name, device) is None)
-        return next(able, "reference")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
-    reason = why_not(backend, device)
-    if reason:
-        raise ValueError(f"backend: {backend!r} cannot serve this call: {reason}")
-    return backend
 
 
 def gradient_with_forward(backend: str, policy: Tensor) -> bool:
@@ -69,13 +23,6 @@ def gradient_with_forward(backend: str, policy: Tensor) -> bool:
     scale that only the backward knows."""
     wanted = torch.is_grad_enabled() and policy.requires_grad
     return wanted and backend in WITH_GRADIENT and policy.dtype != torch.float16
-
-
-@functools.cache
-def _op(backend: str, name: str) -> Callable:
-    """The backend's own function of an op's name."""
-    modules = [importlib.import_module(f"dde_fast.{module}") for module in BACKENDS[backend]]
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
@@ -90,141 +37,6 @@ def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
         )
     if len(timesteps) > pairs and not torch.equal(timesteps[:pairs], timesteps[pairs:]):
         raise ValueError("timesteps: expected equal halves (a pair shares its timestep)")
-
-
-def _forward_op(function: Callable) -> Callable:
-    """Register a forward of the loss as torch.ops.dde_fast.NAME, with `_LossGradient` as its gradient.
-
-    What `custom_op` and its `register_autograd` do, without the 100 µs that they take at each call.
-    """
-    name = f"dde_fast::{function.__name__}"
-    schema = torch.library.infer_schema(function, mutates_args=())
-    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(name, "CompositeExplicitAutograd", function)
-    op = getattr(torch.ops.dde_fast, function.__name__).default
-
-    def with_autograd(policy, *rest):
-        if torch.is_grad_enabled() and policy.requires_grad:
-            return _LossGradient.apply(op, policy, *rest)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(policy, *rest)
-
-    torch.library.impl(name, "Autograd", with_autograd)
-    return op
-
-
-@_forward_op
-def preference_loss(
-    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
-    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    timesteps: Tensor,  # int64 [B] or [2B]
-    weights: Tensor,  # float32 [T], ω_t
-    margins: Tensor,  # float32 [T], m_t
-    beta: float,
-    lose_weight: float,
-    link: str,
-    label_smoothing: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss [], logits [B], policy_error [2B], reference_error [2B] ([0] without one), margin [B].
-
-    The formula is `dde_fast.reference.preference_loss`'s. Differentiable in `policy` alone.
-    """
-    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
-    constants = (beta, lose_weight, link, label_smoothing)
-    out = _op(backend, "preference_loss")(
-        policy, reference, target, timesteps, weights, margins, *constants
-    )
-    return _owned(out, reference)
-
-
-def _owned(out, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The results as an op may return them: all there, none an alias of an input."""
-    loss, logits, policy_error, reference_error, margin = out
-    if reference_error is None:
-        reference_error = policy_error.new_empty(0)
-    elif reference_error is reference:
-        reference_error = reference.clone()
-    return loss, logits, policy_error, reference_error, margin
-
-
-@torch.library.register_fake("dde_fast::preference_loss")
-def _fake_results(policy, reference, target, timesteps, weights, margins, *_):
-    rows = 2 * number_of_pairs(policy, target)
-    cached = reference is not None and reference.dim() == 1
-    dtype = accumulation_dtype(policy, None if cached else reference, target)
-    shapes = ((), (rows // 2,), (rows,), (0 if reference is None else rows,), (rows // 2,))
-    return tuple(policy.new_empty(shape, dtype=dtype) for shape in shapes)
-
-
-@torch.library.custom_op("dde_fast::preference_loss_backward", mutates_args=())
-def preference_loss_backward(
-    grad_loss: Tensor | None,  # []
-    grad_logits: Tensor | None,  # [B]
-    grad_policy_error: Tensor | None,  # [2B]
-    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    timesteps: Tensor,  # int64 [B] or [2B]
-    logits: Tensor,  # [B]
-    weights: Tensor,  # float32 [T]
-    beta: float,
-    lose_weight: float,
-    link: str,
-    label_smoothing: float,
-    backend: str,
-) -> Tensor:
-    """Gradient of the policy's prediction, in its shape and dtype."""
-    return _op(backend, "preference_loss_backward")(
-        grad_loss,
-        grad_logits,
-        grad_policy_error,
-        policy,
-        target,
-        timesteps,
-        logits,
-        weights,
-        beta,
-        lose_weight,
-        link,
-        label_smoothing,
-    )
-
-
-@preference_loss_backward.register_fake
-def _(grad_loss, grad_logits, grad_policy_error, policy, *_):
-    return torch.empty_like(policy)
-
-
-@_forward_op
-def preference_loss_with_gradient(
-    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
-    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    timesteps: Tensor,  # int64 [B] or [2B]
-    weights: Tensor,  # float32 [T]
-    margins: Tensor,  # float32 [T]
-    beta: float,
-    lose_weight: float,
-    link: str,
-    label_smoothing: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`preference_loss`, and d loss / d policy made in the same pass for the backward to come.
-
-    For backends in `WITH_GRADIENT`; differentiable in `policy` alone, through the first five.
-    """
-    constants = (beta, lose_weight, link, label_smoothing)
-    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
-    *out, gradient = _op(backend, "preference_loss_with_gradient")(
-        policy, reference, target, timesteps, weights, margins, *constants
-    )
-    return *_owned(out, reference), gradient
-
-
-@torch.library.register_fake("dde_fast::preference_loss_with_gradient")
-def _(policy, *args):
-    return *_fake_results(policy, *args), torch.empty_like(policy)
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -268,6 +80,146 @@ class _LossGradient(torch.autograd.Function):
         return None, gradient, *none
 
 
+def _differentiable(gradient: type[torch.autograd.Function]) -> Callable:
+    """Register a function as torch.ops.dde_fast.NAME, differentiable in its first argument.
+
+    `gradient.apply` gets the op and its arguments. `custom_op` and its `register_autograd` do the
+    same and take 100 µs at each call.
+    """
+
+    def register(function: Callable) -> torch._ops.OpOverload:
+        name = f"dde_fast::{function.__name__}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "CompositeExplicitAutograd", function)
+        op = getattr(torch.ops.dde_fast, function.__name__).default
+
+        def with_autograd(first, *rest):
+            if torch.is_grad_enabled() and first.requires_grad:
+                return gradient.apply(op, first, *rest)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(first, *rest)
+
+        torch.library.impl(name, "Autograd", with_autograd)
+        return op
+
+    return register
+
+
+@_differentiable(_LossGradient)
+def preference_loss(
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    weights: Tensor,  # float32 [T], ω_t
+    margins: Tensor,  # float32 [T], m_t
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss [], logits [B], policy_error [2B], reference_error [2B] ([0] without one), margin [B].
+
+    The formula is `dde_fast.reference.preference_loss`'s. Differentiable in `policy` alone.
+    """
+    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
+    constants = (beta, lose_weight, link, label_smoothing)
+    out = implementation(backend, "preference_loss")(
+        policy, reference, target, timesteps, weights, margins, *constants
+    )
+    return _owned(out, reference)
+
+
+def _owned(out, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results as an op may return them: all there, none an alias of an input."""
+    loss, logits, policy_error, reference_error, margin = out
+    if reference_error is None:
+        reference_error = policy_error.new_empty(0)
+    elif reference_error is reference:
+        reference_error = reference.clone()
+    return loss, logits, policy_error, reference_error, margin
+
+
+@torch.library.register_fake("dde_fast::preference_loss")
+def _fake_results(policy, reference, target, timesteps, weights, margins, *_):
+    rows = 2 * number_of_pairs(policy, target)
+    cached = reference is not None and reference.dim() == 1
+    dtype = accumulation_dtype(policy, None if cached else reference, target)
+    shapes = ((), (rows // 2,), (rows,), (0 if reference is None else rows,), (rows // 2,))
+    return tuple(policy.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+@torch.library.custom_op("dde_fast::preference_loss_backward", mutates_args=())
+def preference_loss_backward(
+    grad_loss: Tensor | None,  # []
+    grad_logits: Tensor | None,  # [B]
+    grad_policy_error: Tensor | None,  # [2B]
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    logits: Tensor,  # [B]
+    weights: Tensor,  # float32 [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+    backend: str,
+) -> Tensor:
+    """Gradient of the policy's prediction, in its shape and dtype."""
+    return implementation(backend, "preference_loss_backward")(
+        grad_loss,
+        grad_logits,
+        grad_policy_error,
+        policy,
+        target,
+        timesteps,
+        logits,
+        weights,
+        beta,
+        lose_weight,
+        link,
+        label_smoothing,
+    )
+
+
+@preference_loss_backward.register_fake
+def _(grad_loss, grad_logits, grad_policy_error, policy, *_):
+    return torch.empty_like(policy)
+
+
+@_differentiable(_LossGradient)
+def preference_loss_with_gradient(
+    policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
+    target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
+    timesteps: Tensor,  # int64 [B] or [2B]
+    weights: Tensor,  # float32 [T]
+    margins: Tensor,  # float32 [T]
+    beta: float,
+    lose_weight: float,
+    link: str,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`preference_loss`, and d loss / d policy made in the same pass for the backward to come.
+
+    For backends in `WITH_GRADIENT`; differentiable in `policy` alone, through the first five.
+    """
+    constants = (beta, lose_weight, link, label_smoothing)
+    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
+    *out, gradient = implementation(backend, "preference_loss_with_gradient")(
+        policy, reference, target, timesteps, weights, margins, *constants
+    )
+    return *_owned(out, reference), gradient
+
+
+@torch.library.register_fake("dde_fast::preference_loss_with_gradient")
+def _(policy, *args):
+    return *_fake_results(policy, *args), torch.empty_like(policy)
+
+
 @torch.library.custom_op("dde_fast::observe_ratios", mutates_args=("sums",))
 def observe_ratios(
     sums: Tensor,  # float64 [5, T]
@@ -278,7 +230,7 @@ def observe_ratios(
     backend: str,
 ) -> None:
     """Add a batch's observations to the sums: `dde_fast.ratios.observe_ratios`."""
-    _op(backend, "observe_ratios")(sums, policy_error, reference_error, timesteps, scale)
+    implementation(backend, "observe_ratios")(sums, policy_error, reference_error, timesteps, scale)
 
 
 @torch.library.custom_op("dde_fast::update_ratios", mutates_args=("ratios", "margins", "sums"))
@@ -290,7 +242,7 @@ def update_ratios(
     backend: str,
 ) -> None:
     """Fold the sums into the table and derive m_t: `dde_fast.ratios.update_ratios`."""
-    _op(backend, "update_ratios")(ratios, margins, sums, decay)
+    implementation(backend, "update_ratios")(ratios, margins, sums, decay)
 
 
 @torch.library.custom_op("dde_fast::pair_noise", mutates_args=())
@@ -302,7 +254,7 @@ def pair_noise(
     backend: str,
 ) -> Tensor:
     """Standard normals float32 [B, *shape]: `dde_fast.noise.pair_noise`."""
-    return _op(backend, "pair_noise")(pair_ids, draws, shape, seed)
+    return implementation(backend, "pair_noise")(pair_ids, draws, shape, seed)
 
 
 @torch.library.custom_op("dde_fast::pair_uniform", mutates_args=())
@@ -314,7 +266,7 @@ def pair_uniform(
     backend: str,
 ) -> Tensor:
     """One uniform float32 [B] per pair: `dde_fast.noise.pair_uniform`."""
-    return _op(backend, "pair_uniform")(pair_ids, draws, choice, seed)
+    return implementation(backend, "pair_uniform")(pair_ids, draws, choice, seed)
 
 
 @torch.library.custom_op("dde_fast::add_noise", mutates_args=())
@@ -326,12 +278,13 @@ def add_noise(
     draws: Tensor,  # int64 [B]
     seed: int,
     dtype: torch.dtype,
+    channels_last: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """noisy [2B, …] and noise [B, …]: `dde_fast.noise.add_noise`."""
     _check_timesteps(timesteps, len(pair_ids), len(alphas_cumprod))
-    return _op(backend, "add_noise")(
-        latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype
+    return implementation(backend, "add_noise")(
+        latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, channels_last
     )
 
 
@@ -350,13 +303,38 @@ def _(pair_ids, draws, choice, seed, backend):
 
 
 @add_noise.register_fake
-def _(latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, backend):
-    shape = latents.shape[1:]
-    noise = latents.new_empty((pair_ids.shape[0], *shape), dtype=dtype)
-    return latents.new_empty(latents.shape, dtype=dtype), noise
+def _(latents, timesteps, alphas_cumprod, pair_ids, draws, seed, dtype, channels_last, backend):
+    return empty_noised(latents, pair_ids.shape[0], dtype, channels_last)
 
 
-@torch.library.custom_op("dde_fast::ddim_step", mutates_args=())
+class _StepGradient(torch.autograd.Function):
+    """Gradient of `ddim_step`'s results in `prediction`."""
+
+    @staticmethod
+    def forward(ctx, op, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            made, log_prob = op(*inputs)
+        prediction, sample, coefficients, _, next_sample, *constants = inputs
+        ctx.set_materialize_grads(False)
+        if next_sample is not None:
+            ctx.mark_non_differentiable(made)
+        judged = made if next_sample is None else next_sample
+        ctx.save_for_backward(prediction, sample, judged, coefficients)
+        ctx.constants = constants
+        return made, log_prob
+
+    @staticmethod
+    def backward(ctx, grad_next, grad_log_prob):
+        none = (None,) * 6
+        if grad_next is None and grad_log_prob is None:
+            return None, None, *none
+        gradient = torch.ops.dde_fast.ddim_step_backward(
+            grad_next, grad_log_prob, *ctx.saved_tensors, *ctx.constants
+        )
+        return None, gradient, *none
+
+
+@_differentiable(_StepGradient)
 def ddim_step(
     prediction: Tensor,  # [B, C, H, W]
     sample: Tensor,  # [B, C, H, W]
@@ -371,14 +349,14 @@ def ddim_step(
     The formula is `dde_fast.sampling.ddim_step`'s. Differentiable in `prediction` alone; next has
     the memory order of `noise`.
     """
-    made, log_prob = _op(backend, "ddim_step")(
+    made, log_prob = implementation(backend, "ddim_step")(
         prediction, sample, coefficients, noise, next_sample, prediction_type
     )
     # an op's result may not alias its input
     return sample.new_empty(0) if made is None else made, log_prob
 
 
-@ddim_step.register_fake
+@torch.library.register_fake("dde_fast::ddim_step")
 def _(prediction, sample, coefficients, noise, next_sample, *_):
     dtype = accumulation_dtype(prediction, sample, noise, next_sample)
     if noise is None:
@@ -399,7 +377,7 @@ def ddim_step_backward(
     backend: str,
 ) -> Tensor:
     """Gradient of the prediction, in its shape and dtype."""
-    return _op(backend, "ddim_step_backward")(
+    return implementation(backend, "ddim_step_backward")(
         grad_next, grad_log_prob, prediction, sample, next_sample, coefficients, prediction_type
     )
 
@@ -407,25 +385,3 @@ def ddim_step_backward(
 @ddim_step_backward.register_fake
 def _(grad_next, grad_log_prob, prediction, *_):
     return torch.empty_like(prediction)
-
-
-def _setup_step(ctx, inputs, output):
-    prediction, sample, coefficients, _, next_sample, *constants = inputs
-    ctx.set_materialize_grads(False)
-    if next_sample is not None:
-        ctx.mark_non_differentiable(output[0])
-    made = output[0] if next_sample is None else next_sample
-    ctx.save_for_backward(prediction, sample, made, coefficients)
-    ctx.constants = constants
-
-
-def _step_backward(ctx, grad_next, grad_log_prob):
-    if grad_next is None and grad_log_prob is None:
-        return (None,) * 7
-    gradient = torch.ops.dde_fast.ddim_step_backward(
-        grad_next, grad_log_prob, *ctx.saved_tensors, *ctx.constants
-    )
-    return gradient, *(None,) * 6
-
-
-ddim_step.register_autograd(_step_backward, setup_context=_setup_step)

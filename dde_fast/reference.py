@@ -69,6 +69,12 @@ def same_layout(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """The tensor, contiguous or channels_last; copied only where it is neither."""
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
+
+
 def number_of_pairs(policy: Tensor, target: Tensor) -> int:
     """B: one of the two may be shared by the pair and have B rows, the other has 2B."""
     return max(policy.shape[0], target.shape[0]) // 2
@@ -344,6 +350,22 @@ def pair_uniform(
     return uniform(_pair_words(blocks, pair_ids, draws, seed)[0])[:, 0]
 
 
+def empty_noised(
+    latents: Tensor,  # [2B, C, H, W]
+    pairs: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """Memory of what `add_noise` returns: noisy [2B, …] and noise [B, …]."""
+    shapes = latents.shape, (pairs, *latents.shape[1:])
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    noisy, noise = (
+        torch.empty(shape, dtype=dtype, device=latents.device, memory_format=layout)
+        for shape in shapes
+    )
+    return noisy, noise
+
+
 def add_noise(
     latents: Tensor,  # [2B, C, H, W]
     timesteps: Tensor,  # int64 [B] or [2B]
@@ -352,6 +374,7 @@ def add_noise(
     draws: Tensor,  # int64 [B]
     seed: int,
     dtype: torch.dtype,
+    channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε of both halves [2B, …], and the pairs' ε [B, …]."""
     pairs, shape = len(pair_ids), latents.shape[1:]
@@ -359,4 +382,5 @@ def add_noise(
     abar = alphas_cumprod.double()[timesteps[:pairs]].reshape(pairs, *[1] * len(shape))
     signal, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
     halves = [signal * half.float() + sigma * noise for half in latents.chunk(2)]
-    return torch.cat(halves).to(dtype), noise.to(dtype)
+    noisy, noise_out = empty_noised(latents, pairs, dtype, channels_last)
+    return noisy.copy_(torch.cat(halves)), noise_out.copy_(noise)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dde_fast import ops
+from dde_fast import backends, ops
 from dde_fast.reference import DENOISE, accumulation_dtype, ddim_mean
 from dde_fast.schedule import check_alphas_cumprod
 
@@ -144,7 +144,7 @@ def ddim_step(
         noise,
         next_sample,
         prediction_type,
-        ops.resolve_backend(backend, sample.device),
+        backends.resolve_backend(backend, sample.device),
     )
     return made if next_sample is None else next_sample, log_prob
 

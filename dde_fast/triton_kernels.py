@@ -18,6 +18,8 @@ from dde_fast.reference import accumulation_dtype, number_of_pairs, same_layout
 
 BLOCK = 1024
 """Elements a program reads at a time: 8 per thread, two or one 128-bit loads in 16 bits or fp32."""
+NUM_WARPS = 128 // (64 if torch.version.hip else 32)
+"""128 threads: AMD's warps have 64, and with four of those 16-bit loads would be half as wide."""
 MAX_CHUNKS = 64
 """Partial sums of a sample that the second launch adds up."""
 
@@ -284,7 +286,7 @@ def preference_loss(
         SHARED_POLICY=policy.shape[0] == pairs,
         SHARED_TARGET=target.shape[0] == pairs,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
     pair_logits_kernel[(1,)](
         partial,
@@ -309,7 +311,7 @@ def preference_loss(
         REFERENCE=REFERENCE[mode],
         LINK=LINK[link],
         BLOCK_B=min(32, triton.next_power_of_2(pairs)),
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
     return loss, logits, policy_error, reference_error, margin
 
@@ -357,6 +359,6 @@ def preference_loss_backward(
         SHARED_TARGET=target.shape[0] == pairs,
         LINK=LINK[link],
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
     return out if out.stride() == gradient.stride() else gradient.copy_(out)

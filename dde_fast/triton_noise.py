@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dde_fast.reference import MASK32
+from dde_fast.reference import MASK32, dense_rows, empty_noised
+from dde_fast.triton_kernels import NUM_WARPS
 
 BLOCK = 256
 """Philox blocks of a program, four elements each."""
@@ -94,6 +95,12 @@ def block_normals(o_block, pair_id, draw, seed_low, seed_high):
     return tl.interleave(tl.interleave(r0 * c1, r2 * c3), tl.interleave(r0 * s1, r2 * s3))
 
 
+@triton.jit
+def offset(o_n, channels, space):
+    """Where element c·space + p of a row lies in channels_last: p·channels + c."""
+    return (o_n % space) * channels + o_n // space
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def add_noise_kernel(
     p_latents,  # [2B, N]
@@ -107,16 +114,36 @@ def add_noise_kernel(
     p_noise,  # [B, N]
     pairs,
     N,
+    space,  # H·W
     ONLY_NOISE: tl.constexpr,
+    CHANNELS: tl.constexpr,  # read where something is channels_last
+    LATENTS_LAST: tl.constexpr,  # the latents are channels_last
+    OUT_LAST: tl.constexpr,  # so are noisy and noise
+    TILES: tl.constexpr,  # made in the order of their memory: CHANNELS divides BLOCK, 4 space
     BLOCK: tl.constexpr,
 ):
     i_pair, i_block = tl.program_id(0), tl.program_id(1)
     pair_id, draw = tl.load(p_pair_ids + i_pair), tl.load(p_draws + i_pair)
     o_block = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    b_noise = block_normals(o_block, pair_id, draw, seed_low, seed_high)
     o_n = i_block * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     m_n = o_n < N
-    tl.store(p_noise + i_pair.to(tl.int64) * N + o_n, b_noise.to(p_noise.dtype.element_ty), m_n)
+    o_latent, o_out = o_n, o_n
+    if TILES:
+        # four pixels of every channel are one piece of memory: their blocks side by side, then
+        # elements [CHANNELS, 4] turned to pixels [4, CHANNELS]
+        o_block = o_block % CHANNELS * (space // 4) + o_block // CHANNELS
+        b_noise = block_normals(o_block, pair_id, draw, seed_low, seed_high)
+        b_noise = b_noise.reshape(BLOCK // CHANNELS, CHANNELS, 4).permute(0, 2, 1)
+        b_noise = b_noise.reshape(4 * BLOCK)
+        if not LATENTS_LAST:
+            o_latent = offset(o_n, space, CHANNELS)
+    else:
+        b_noise = block_normals(o_block, pair_id, draw, seed_low, seed_high)
+        if LATENTS_LAST:
+            o_latent = offset(o_n, CHANNELS, space)
+        if OUT_LAST:
+            o_out = offset(o_n, CHANNELS, space)
+    tl.store(p_noise + i_pair.to(tl.int64) * N + o_out, b_noise.to(p_noise.dtype.element_ty), m_n)
     if not ONLY_NOISE:
         abar = tl.load(p_alphas_cumprod + tl.load(p_timesteps + i_pair))
         if p_alphas_cumprod.dtype.element_ty == tl.float64:
@@ -126,9 +153,9 @@ def add_noise_kernel(
             signal, sigma = tl.sqrt_rn(abar), tl.sqrt_rn(1 - abar)
         for half in tl.static_range(2):
             p_half = (i_pair + half * pairs).to(tl.int64) * N
-            b_latent = tl.load(p_latents + p_half + o_n, m_n, 0.0).to(tl.float32)
+            b_latent = tl.load(p_latents + p_half + o_latent, m_n, 0.0).to(tl.float32)
             b_noisy = signal * b_latent + sigma * b_noise
-            tl.store(p_noisy + p_half + o_n, b_noisy.to(p_noisy.dtype.element_ty), m_n)
+            tl.store(p_noisy + p_half + o_out, b_noisy.to(p_noisy.dtype.element_ty), m_n)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
@@ -166,12 +193,11 @@ def add_noise(
     draws: Tensor,  # int64 [B]
     seed: int,
     dtype: torch.dtype,
+    channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`dde_fast.noise.add_noise` in one launch: each normal is made once for both halves."""
-    pairs, shape = len(pair_ids), latents.shape[1:]
-    latents = latents.contiguous()
-    noisy = latents.new_empty(latents.shape, dtype=dtype)
-    noise = latents.new_empty((pairs, *shape), dtype=dtype)
+    noisy, noise = empty_noised(latents, len(pair_ids), dtype, channels_last)
+    latents = dense_rows(latents)
     _launch(noise, pair_ids, draws, seed, latents, timesteps, alphas_cumprod, noisy)
     return noisy, noise
 
@@ -211,6 +237,11 @@ def pair_uniform(
 
 def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=None, noisy=None):
     pairs, n = len(pair_ids), noise[0].numel()
+    latents_last = latents is not None and not latents.is_contiguous()
+    out_last = not noise.is_contiguous()
+    channels, space = 1, n
+    if latents_last or out_last:
+        channels, space = noise.shape[1], noise[0, 0].numel()
     add_noise_kernel[pairs, triton.cdiv(n, 4 * BLOCK)](
         noise if latents is None else latents,
         pair_ids if timesteps is None else timesteps,
@@ -223,7 +254,12 @@ def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=N
         noise,
         pairs,
         n,
+        space,
         ONLY_NOISE=latents is None,
+        CHANNELS=channels,
+        LATENTS_LAST=latents_last,
+        OUT_LAST=out_last,
+        TILES=out_last and BLOCK % channels == 0 and space % 4 == 0,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )

@@ -1,14 +1,18 @@
 """Compile every Triton kernel ahead of time for GPUs that are not here; print what came out.
 
-Run by test_triton.py in a process without TRITON_INTERPRET. One JSON line per kernel and target:
-widths of the global accesses in the PTX (bits per thread and instruction).
+Run by test_triton.py in a process without TRITON_INTERPRET, for the targets (sm_90, gfx942, …) in
+its arguments. One JSON line per kernel and target: widths of the global accesses in the assembly
+(bits per thread and instruction), what was spilled to memory, shared memory.
 """
 
+import contextlib
+import io
 import json
 import re
 import sys
 
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -83,13 +87,21 @@ def cases(dtype: str):
         "p_alphas_cumprod": "*fp64" if dtype == "fp64" else "*fp32",
         **dict.fromkeys(("p_pair_ids", "p_draws"), "*i64"),
         **dict.fromkeys(("seed_low", "seed_high"), "i64"),
-        **dict.fromkeys(("pairs", "N"), "i32"),
+        **dict.fromkeys(("pairs", "N", "space"), "i32"),
     }
-    for only in (False, True):
+    # contiguous, noise alone, and channels_last from channels_last
+    for only, last in ((False, False), (True, False), (False, True)):
         yield (
             triton_noise.add_noise_kernel,
             {**dict.fromkeys(("p_latents", "p_noisy", "p_noise"), f"*{dtype}"), **noise},
-            {"ONLY_NOISE": only, "BLOCK": triton_noise.BLOCK},
+            {
+                "ONLY_NOISE": only,
+                "CHANNELS": 4,
+                "LATENTS_LAST": last,
+                "OUT_LAST": last,
+                "TILES": last,
+                "BLOCK": triton_noise.BLOCK,
+            },
         )
     yield from step_cases(dtype, accumulate)
 
@@ -166,10 +178,49 @@ def table_cases():
     )
 
 
-def widths(ptx: str, access: str) -> list[int]:
-    """Bits per instruction of every global load or store in the PTX."""
+def ptx_widths(ptx: str, access: str) -> list[int]:
+    """Bits per instruction of every global load or store ("ld" or "st") in the PTX."""
     found = re.findall(rf"{access}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.b(\d+)\b", ptx)
     return sorted(int(vector or 1) * int(bits) for vector, bits in found)
+
+
+def amd_widths(assembly: str, access: str) -> list[int]:
+    """The same of AMD's assembly, by "load" or "store"."""
+    instruction = rf"\b(?:global|buffer|flat)_{access}_[us]?(dword|short|byte)(?:x(\d))?"
+    bits = {"dword": 32, "short": 16, "byte": 8}
+    return sorted(bits[u] * int(count or 1) for u, count in re.findall(instruction, assembly))
+
+
+LOGS: dict[str, str] = {}
+"""What ptxas said, by the kernel's hash."""
+
+
+def of_nvidia(compiled, log: str) -> dict:
+    """ptxas reports a stack only where something does not stay in registers."""
+    (sizes,) = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log
+    )
+    ptx = compiled.asm["ptx"]
+    return {
+        "loads": ptx_widths(ptx, "ld"),
+        "stores": ptx_widths(ptx, "st"),
+        "spilled": sum(map(int, sizes)) + len(re.findall(r"\b(?:ld|st)\.local", ptx)),
+        "binary_bytes": len(compiled.asm["cubin"]),
+    }
+
+
+def of_amd(compiled, _: str) -> dict:
+    """The private segment is what a thread keeps in memory (scratch)."""
+    assembly = compiled.asm["amdgcn"]
+    counted = r"\.(?:private_segment_fixed_size|[sv]gpr_spill_count): +(\d+)"
+    sizes = re.findall(counted, assembly)
+    assert len(sizes) == 3, sizes
+    return {
+        "loads": amd_widths(assembly, "load"),
+        "stores": amd_widths(assembly, "store"),
+        "spilled": sum(map(int, sizes)) + len(re.findall(r"\bscratch_(?:load|store)", assembly)),
+        "binary_bytes": len(compiled.asm["hsaco"]),
+    }
 
 
 VARIANTS = [
@@ -187,9 +238,17 @@ VARIANTS = [
     {"PREDICTION": 2, "HAS_NEXT": False},
 ]
 """Other branches of the kernels, compiled in float32."""
+WITH_VARIANTS = ("sm_90", "gfx942")
+"""Targets to compile those for: one of each vendor, for time."""
 
 
-def compile_for(arch: int, kernel, signature: dict, constexprs: dict):
+def target_of(name: str) -> GPUTarget:
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64)
+
+
+def compile_for(target: GPUTarget, kernel, signature: dict, constexprs: dict):
     names = kernel.arg_names
     signature = {name: signature.get(name, "constexpr") for name in names}
     # what the launcher's specialisation finds for contiguous tensors and N % 16 == 0
@@ -200,33 +259,36 @@ def compile_for(arch: int, kernel, signature: dict, constexprs: dict):
     }
     constants = {(names.index(name),): value for name, value in constexprs.items()}
     source = ASTSource(kernel, signature, constants, attrs)
-    return compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    # as many threads as the launchers take
+    return compile(source, target=target, options={"num_warps": 128 // target.warp_size})
 
 
-def describe(arch: int, dtype: str, variant: dict, kernel, signature: dict, constexprs: dict):
+def describe(target: GPUTarget, dtype: str, variant: dict, kernel, signature, constexprs) -> dict:
     chosen = {name: variant.get(name, value) for name, value in constexprs.items()}
-    compiled = compile_for(arch, kernel, signature, chosen)
-    ptx = compiled.asm["ptx"]
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = compile_for(target, kernel, signature, chosen)
+    # the same kernel again, under another dtype that it does not see, comes from Triton's cache
+    log = LOGS.setdefault(compiled.hash, log.getvalue())
+    found = (of_nvidia if target.backend == "cuda" else of_amd)(compiled, log)
     return {
         "kernel": kernel.__name__,
         "dtype": dtype,
         "variant": variant,
-        "loads": widths(ptx, "ld"),
-        "stores": widths(ptx, "st"),
-        "local": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
         "shared_bytes": compiled.metadata.shared,
-        "cubin_bytes": len(compiled.asm["cubin"]),
+        **found,
     }
 
 
 def main() -> None:
-    arch = int(sys.argv[1])
-    todo = [(dtype, {}) for dtype in ("bf16", "fp16", "fp32", "fp64")]
-    for dtype, variant in todo + [("fp32", variant) for variant in VARIANTS]:
-        for case in cases(dtype):
-            print(json.dumps(describe(arch, dtype, variant, *case)))
-    for case in table_cases():
-        print(json.dumps(describe(arch, "", {}, *case)))
+    knobs.nvidia.dump_ptxas_log = True
+    for name in sys.argv[1:]:
+        todo = [(dtype, {}) for dtype in ("bf16", "fp16", "fp32", "fp64")]
+        if name in WITH_VARIANTS:
+            todo += [("fp32", variant) for variant in VARIANTS]
+        work = [(dtype, variant, case) for dtype, variant in todo for case in cases(dtype)]
+        for dtype, variant, case in work + [("", {}, case) for case in table_cases()]:
+            row = describe(target_of(name), dtype, variant, *case)
+            print(json.dumps({"target": name, **row}))
 
 
 if __name__ == "__main__":

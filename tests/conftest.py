@@ -9,10 +9,10 @@ if not torch.cuda.is_available():
     # read by triton when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from dde_fast import compiled, ops  # noqa: E402  (the variable comes first)
+from dde_fast import backends, compiled  # noqa: E402  (the variable comes first)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = [backend for backend in ops.BACKENDS if ops.why_not(backend, DEVICE) is None]
+BACKENDS = [backend for backend in backends.BACKENDS if backends.why_not(backend, DEVICE) is None]
 """What can run here; test_loss.py insists that Triton is among them."""
 
 

@@ -24,7 +24,7 @@ def test_every_benchmark_runs_untimed():
 def test_a_timed_row_says_what_it_is(tmp_path):
     """One row of each file: bytes, bandwidth, memory, machine, versions and commit in the JSON."""
     path = tmp_path / "rows.json"
-    only = "fp32-salesforce-both or (bench_noise and fp32-diffusers) or fp32-eager-train"
+    only = "fp32-salesforce-both or (bench_noise and fp32-diffusers) or fp32-eager-both"
     result = run("--benchmark-only", f"--benchmark-json={path}", "-k", only)
     assert result.returncode == 0, result.stdout[-3000:]
     data = json.loads(path.read_text())

@@ -14,7 +14,7 @@ from conftest import ISAS
 from steps import coefficients
 from steps import inputs as step_inputs
 
-from dde_fast import compiled, reference
+from dde_fast import compiled, ratios, reference
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -139,6 +139,7 @@ def test_all_instruction_sets_and_threads_give_the_same_bits():
                     abar, t = torch.linspace(0.9, 0.1, 10), args[3]
                     noised = (args[0], t, abar, IDS[:5], DRAWS[:5], 3, dtype)
                     outputs += compiled.add_noise(*noised)
+                    outputs += compiled.add_noise(*noised, channels_last=True)
                 seen.append(outputs)
     finally:
         torch.set_num_threads(threads)
@@ -233,6 +234,34 @@ def test_add_noise(isa, given, made):
 
 
 @needs_extension
+@pytest.mark.parametrize("steps", [1, 37, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ratio_table(dtype, steps):
+    """With pairs to leave out, several at one timestep, both shapes of timesteps, and strides."""
+    generator = torch.Generator().manual_seed(steps)
+    policy, ref = torch.rand(2, 2 * 64, generator=generator, dtype=dtype)
+    t = torch.randint(0, steps, (64,), generator=generator)
+    t[0], t[1], t[2:5] = -1, steps, steps - 1
+    policy[6], ref[64 + 7], policy[8] = float("nan"), float("inf"), -float("inf")
+    scale = torch.rand(2 * steps, generator=generator)[::2]
+    states = []
+    for module in (ratios, compiled):
+        table = torch.rand(4, steps, generator=torch.Generator().manual_seed(1))
+        margins, sums = torch.zeros(steps), torch.zeros(5, steps, dtype=torch.float64)
+        module.observe_ratios(sums, policy, ref, t, scale)
+        module.observe_ratios(
+            sums, ref.repeat_interleave(2)[::2], policy.float(), t.repeat(2), scale
+        )
+        seen = sums.clone()
+        module.update_ratios(table, margins, sums, 0.9)
+        assert not sums.any()
+        states.append((seen, table, margins))
+    assert states[1][0][4].sum() == 2 * (64 - 5)
+    for exact, fast in zip(*states, strict=True):
+        torch.testing.assert_close(fast, exact, rtol=2e-7, atol=1e-12)
+
+
+@needs_extension
 def test_no_memory_beyond_the_outputs():
     args = arguments(pairs=4, shape=(4, 64, 64))
     run(compiled, args)
@@ -267,6 +296,15 @@ def test_refusals_keep_memory_safe():
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*args)
+
+    sums, error = torch.zeros(5, 10, dtype=torch.float64), torch.zeros(6)
+    observe = torch.ops.dde_fast_cpp.observe_ratios
+    with pytest.raises(RuntimeError, match="reference_error: expected 6"):
+        observe(sums, error, error[:4], t, weights)
+    with pytest.raises(RuntimeError, match="sums: expected"):
+        observe(sums.T, error, error, t, weights)
+    with pytest.raises(RuntimeError, match="ratios: expected 40"):
+        torch.ops.dde_fast_cpp.update_ratios(sums[:, :4].float(), margins, sums, 0.9)
     with pytest.raises(RuntimeError, match="DDE_FAST_CPU: expected baseline, avx2 or avx512"):
         compiled.isa("altivec")
 

@@ -1,5 +1,7 @@
 """The generator: published vectors, independence of batch composition, moments, refusals."""
 
+import functools
+import itertools
 import math
 
 import pytest
@@ -62,18 +64,71 @@ def test_a_pair_sees_the_same_in_any_batch():
         assert (other != everything).float().mean() > 0.99
 
 
-def test_moments_and_independence():
-    x = pair_noise((4, 64, 64), seed=0, pair_ids=torch.arange(64), draw=0).flatten(1).double()
-    n = x.numel()
+@functools.cache
+def normals(backend: str, seed: int = 0, draw: int = 0, part: int = 1):
+    """float64 [P / part, 16384] of P = 64 pairs, a million numbers; 16 for Triton's interpreter,
+    which takes five seconds for those. Every other pair id needs its high word."""
+    pairs = (16 if backend == "triton" and DEVICE.type == "cpu" else 64) // part
+    ids = torch.arange(pairs, device=DEVICE) // 2 + torch.arange(pairs, device=DEVICE) % 2 * 2**32
+    made = pair_noise((4, 64, 64), seed=seed, pair_ids=ids, draw=draw, backend=backend)
+    return made.flatten(1).double().cpu()
+
+
+def check_standard_normal(x):
+    """Kolmogorov-Smirnov at p = 1e-4, moments and tails to four of their standard deviations."""
+    x = x.flatten()
+    n = len(x)
+    cdf, below = torch.special.ndtr(x.sort().values), torch.arange(n + 1, dtype=x.dtype) / n
+    distance = torch.maximum((below[1:] - cdf).max(), (cdf - below[:-1]).max())
+    assert distance < math.sqrt(-math.log(1e-4 / 2) / 2 / n)
     assert abs(x.mean()) < 4 / math.sqrt(n)
     assert abs(x.var() - 1) < 4 * math.sqrt(2 / n)
     assert abs((x**3).mean()) < 4 * math.sqrt(15 / n)
     assert abs((x**4).mean() - 3) < 4 * math.sqrt(96 / n)
-    off_diagonal = (x @ x.T / x.shape[1])[~torch.eye(64, dtype=torch.bool)]
-    assert off_diagonal.abs().max() < 6 / math.sqrt(x.shape[1])
-    next_draw = pair_noise((4, 64, 64), seed=0, pair_ids=torch.arange(64), draw=1).flatten(1)
-    assert abs((x * next_draw).mean()) < 4 / math.sqrt(n)
-    assert abs((x[:, 1:] * x[:, :-1]).mean()) < 4 / math.sqrt(n)
+    for limit in (3.0, 4.0):
+        expected = n * math.erfc(limit / math.sqrt(2))
+        assert abs((x.abs() > limit).sum() - expected) < 4 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_normals_are_standard_normal(backend):
+    check_standard_normal(normals(backend))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x + 0.01,
+        lambda x: x * 1.01,
+        lambda x: x.clamp(-4, 4),
+        lambda x: x.round(decimals=1),
+        lambda x: (3 * (2 * torch.special.ndtr(x) - 1)) / math.sqrt(3),
+        torch.abs,
+    ],
+    ids=["shifted", "scaled", "clipped", "coarse", "uniform", "one-sided"],
+)
+def test_the_check_of_normals_fails_for_what_is_not(wrong):
+    with pytest.raises(AssertionError):
+        check_standard_normal(wrong(normals("reference")))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pairs_draws_and_seeds_are_independent(backend):
+    x = normals(backend)
+    pairs, n = x.shape
+    off_diagonal = (x @ x.T / n)[~torch.eye(pairs, dtype=torch.bool)]
+    assert off_diagonal.abs().max() < 6 / math.sqrt(n)
+    some = x[: pairs // 16]
+    for other in ({"draw": 1}, {"draw": 2**31}, {"seed": 1}, {"seed": 2**32}):
+        y = normals(backend, **other, part=16)
+        assert (some @ y.T / n).abs().max() < 6 / math.sqrt(n)
+        assert abs((some * y).mean()) < 4 / math.sqrt(y.numel())
+        # nor are their sizes related: the variance of (x² - 1)(y² - 1) is 4
+        assert abs(((some**2 - 1) * (y**2 - 1)).mean()) < 4 * 2 / math.sqrt(y.numel())
+    for distance in (1, 2, 3, 4, 64):  # within a Box-Muller pair, a Philox block, across them
+        a, b = x[:, distance:], x[:, :-distance]
+        assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
+        assert abs(((a**2 - 1) * (b**2 - 1)).mean()) < 4 * 2 / math.sqrt(a.numel())
 
 
 def test_timesteps_follow_their_distribution():
@@ -130,8 +185,8 @@ def test_backends_draw_the_same(seed, backend):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_normals_agree_over_many_samples(backend):
-    keys = {"seed": 3, "pair_ids": torch.arange(4, device=DEVICE), "draw": 0}
-    exact, fast = (pair_noise((256, 256), **keys, backend=b) for b in ("reference", backend))
+    fast = normals(backend)
+    exact = normals("reference")[: len(fast)]
     assert exact.abs().max() > 4.5
     torch.testing.assert_close(fast, exact, rtol=0, atol=1e-6)
 
@@ -152,6 +207,33 @@ def test_backends_add_the_same_noise(table, dtype, backend):
         torch.testing.assert_close(b, a, rtol=ulp, atol=1e-6)
 
 
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape",
+    # whole tiles of four and of sixteen channels, and rests; odd sizes; nothing to reorder
+    [(4, 18, 16), (16, 6, 10), (3, 8, 4), (5, 7, 9), (4, 5, 1), (1, 6, 6), (8, 1, 1)],
+)
+def test_channels_last_is_only_another_order(shape, backend):
+    alphas = torch.linspace(0.9991, 0.0047, 1000, device=DEVICE)
+    t = torch.tensor([999, 10], device=DEVICE)
+    keys = {"seed": 0, "pair_ids": IDS[:2].to(DEVICE), "draw": 1, "backend": backend}
+    bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    for given, made in ((fp32, fp32), (bf16, bf16), (fp16, fp16), (bf16, fp32), (fp32, fp64)):
+        latents = torch.randn(4, *shape, device=DEVICE).to(given)
+        expected = add_noise(latents, t, alphas, **keys, dtype=made)
+        # the third is neither: every other column of a wider tensor
+        inputs = [latents.contiguous(memory_format=layout) for layout in LAYOUTS]
+        inputs.append(latents.repeat_interleave(2, 3)[..., ::2])
+        for x, layout in itertools.product(inputs, LAYOUTS):
+            results = add_noise(x, t, alphas, **keys, dtype=made, memory_format=layout)
+            for result, same in zip(results, expected, strict=True):
+                assert result.dtype == made and result.equal(same)
+                assert result.stride() == torch.empty(result.shape, memory_format=layout).stride()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ops(backend):
     """opcheck, and one compiled graph with eager's numbers."""
@@ -161,24 +243,28 @@ def test_ops(backend):
     latents = torch.randn(8, 3, 5, device=DEVICE)
     alphas = torch.linspace(0.9, 0.1, 10, device=DEVICE)
     t = torch.tensor([0, 3, 9, 5], device=DEVICE)
-    args = (latents, t, alphas, ids, draws, 0, torch.bfloat16, backend)
+    args = (latents, t, alphas, ids, draws, 0, torch.bfloat16, False, backend)
+    torch.library.opcheck(torch.ops.dde_fast.add_noise, args)
+    latents = torch.randn(8, 3, 5, 2, device=DEVICE)
+    args = (latents, t, alphas, ids, draws, 0, torch.bfloat16, True, backend)
     torch.library.opcheck(torch.ops.dde_fast.add_noise, args)
 
     def step(latents, ids):
         keys = {"seed": 5, "pair_ids": ids, "draw": 0, "backend": backend}
         times = sample_timesteps(torch.ones(10, device=DEVICE), **keys)
-        return times, *add_noise(latents, times, alphas, **keys)
+        layout = {"memory_format": torch.channels_last}
+        return times, *add_noise(latents, times, alphas, **keys, **layout)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(latents, ids), step(latents, ids), strict=True):
-        assert a.equal(b)
+        assert a.equal(b) and a.stride() == b.stride()
 
 
 def test_a_timestep_out_of_range_is_refused():
     with pytest.raises(ValueError, match="timesteps: .*got 10"):
         ops.add_noise(
             torch.zeros(2, 4), torch.tensor([10]), torch.ones(10), torch.zeros(1).long(),
-            torch.zeros(1).long(), 0, torch.float32, "reference",
+            torch.zeros(1).long(), 0, torch.float32, False, "reference",
         )  # fmt: skip
 
 
@@ -194,6 +280,11 @@ def test_a_timestep_out_of_range_is_refused():
         ({"latents": torch.zeros(3, 1, 2, 2)}, "latents: expected an even batch"),
         ({"timesteps": torch.zeros(3).long()}, "timesteps: expected"),
         ({"alphas_cumprod": torch.ones(10, device="meta")}, "alphas_cumprod: expected on"),
+        ({"memory_format": torch.preserve_format}, "memory_format: expected torch.contiguous"),
+        (
+            {"memory_format": torch.channels_last, "latents": torch.zeros(4, 3, 2)},
+            r"memory_format: expected latents \[2B, C, H, W\]",
+        ),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dde_fast import compiled, ops
+from dde_fast import backends, compiled
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,9 +54,9 @@ def test_main_says_what_is_used_and_why():
     out = run(sys.executable, "-m", "dde_fast", env=env)
     assert out.returncode == 0, out.stderr
     assert f"torch        {torch.__version__}" in out.stdout
-    built = ops.why_not("cpp", torch.device("cpu")) is None
+    built = backends.why_not("cpp", torch.device("cpu")) is None
     assert f"backend {'cpp' if built else 'reference'}\n" in out.stdout
-    line = f"available, {compiled.isa()}" if built else ops.why_not("cpp", torch.device("cpu"))
+    line = f"available, {compiled.isa()}" if built else backends.why_not("cpp", torch.device("cpu"))
     assert f"cpp          {line}" in out.stdout
     assert "triton has no kernels for cpu tensors" in out.stdout
 

@@ -9,11 +9,11 @@ from diffusers import DDIMScheduler
 from longhand import scaled_linear
 from steps import PREVIOUS, TIMES, TYPES, coefficients, inputs
 
-from dde_fast import ops
+from dde_fast import backends, ops
 from dde_fast.sampling import ddim_coefficients, ddim_linear, ddim_step
 
 CPU = torch.device("cpu")
-ON_CPU = [b for b in ("reference", "cpp") if ops.why_not(b, CPU) is None]
+ON_CPU = [b for b in ("reference", "cpp") if backends.why_not(b, CPU) is None]
 """Backends whose float32 samples are PyTorch's to the bit."""
 
 

@@ -11,19 +11,30 @@ import pytest
 SCRIPT = Path(__file__).with_name("compile_triton.py")
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_compile_ahead_of_time(arch, tmp_path):
-    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+SHARED_BYTES = {"sm_80": 48 << 10, "sm_90": 48 << 10, "sm_100": 48 << 10, "gfx942": 64 << 10}
+"""GPUs to compile for, and what a program gets there without asking for more."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What came out for every target, from one process: importing Triton takes as long as one."""
+    env = {**os.environ, "TRITON_DEFAULT_FP_FUSION": "1"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), str(arch)], env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, str(SCRIPT), *SHARED_BYTES]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(rows) == 7 * (4 + 6) + 5
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("target", SHARED_BYTES)
+def test_kernels_compile_ahead_of_time(target, compiled):
+    rows = [row for row in compiled if row["target"] == target]
+    with_variants = target in ("sm_90", "gfx942")
+    assert len(rows) == 8 * (4 + 6 * with_variants) + 5
     for row in rows:
-        assert row["cubin_bytes"] > 0 and row["local"] == 0, row
-        assert row["shared_bytes"] <= 48 * 1024, row
+        assert row["binary_bytes"] > 0 and row["spilled"] == 0, row
+        assert row["shared_bytes"] <= SHARED_BYTES[target], row
         if row["kernel"] == "pair_errors_kernel" and not row["variant"]:
             # policy, reference and target are read in 128-bit pieces and in nothing else
             assert set(row["loads"]) == {128} and len(row["loads"]) >= 3, row
@@ -33,9 +44,11 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path):
             # three stores of noise and both halves (or of the noise alone), as wide as they go
             assert set(row["stores"]) == {128}, row
         if row["kernel"] == "ddim_step_kernel" and not row["variant"]:
-            # prediction, sample and noise, beside the coefficients; next, beside the partial sum
-            assert row["loads"].count(128) >= 3 and row["loads"].count(32) == 5, row
-            assert len(set(row["loads"])) == 2 and row["stores"].count(128) >= 1, row
+            # prediction, sample and noise, beside five coefficients (which AMD reads as scalars);
+            # next, beside the partial sum
+            narrow = [32] * 5 if target.startswith("sm_") else []
+            assert [bits for bits in row["loads"] if bits < 128] == narrow, row
+            assert row["loads"].count(128) >= 3 and row["stores"].count(128) >= 1, row
             assert len(row["stores"]) == row["stores"].count(128) + 1, row
         if row["kernel"] == "ddim_step_backward_kernel":
             assert row["loads"].count(128) >= 1 and set(row["stores"]) == {128}, row
