@@ -68,7 +68,7 @@ def cuda_commands(torch: Path, nvcc: str, archs: tuple[int, ...] = ARCHS) -> lis
     flags = [*COMMON, "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", f"-isystem={torch}/include"]  # fmt: skip
     flags += ["-Werror=all-warnings", "-Xptxas=-v", "--threads=0", *codes]
     # noise without contraction: the CPU's bits
-    extra = {"preference_cuda": [], "noise_cuda": ["-fmad=false"]}
+    extra = {"preference_cuda": [], "preference_cluster": [], "noise_cuda": ["-fmad=false"]}
     return [[nvcc, *flags, *extra[name], f"{CSRC}/{name}.cu"] for name in extra]
 
 

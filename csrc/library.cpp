@@ -73,6 +73,11 @@ STABLE_TORCH_LIBRARY(dde_fast_cpp, m) {
       "Tensor timesteps, Tensor weights, Tensor margins, float beta, float lose_weight, int link, "
       "float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "preference_loss_with_gradient(Tensor(a!) gradient, Tensor policy, Tensor? reference, "
+      "Tensor? errors, Tensor target, Tensor timesteps, Tensor weights, Tensor margins, float beta, "
+      "float lose_weight, int link, float label_smoothing) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "preference_loss_backward(Tensor(a!) gradient, Tensor? grad_loss, Tensor? grad_logits, "
       "Tensor? grad_policy_error, Tensor policy, Tensor target, Tensor timesteps, Tensor logits, "
       "Tensor weights, float beta, float lose_weight, int link, float label_smoothing) -> ()");
