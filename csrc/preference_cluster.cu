@@ -106,7 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_with_gradient
     Tensor weights,            // [T]
     Tensor margins,            // [T]
     double beta, double lose_weight, int64_t link, double label_smoothing) {
-  check_devices(policy, reference, errors, {&gradient, &target, &timesteps, &weights, &margins});
+  check_devices(policy, reference, errors, target, timesteps, weights, margins);
+  check_device(gradient, policy, "gradient");
   const int device = policy.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(policy);

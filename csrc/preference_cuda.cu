@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_cuda(
     Tensor weights,            // [T]
     Tensor margins,            // [T]
     double beta, double lose_weight, int64_t link, double label_smoothing) {
-  check_devices(policy, reference, errors, {&target, &timesteps, &weights, &margins});
+  check_devices(policy, reference, errors, target, timesteps, weights, margins);
   const torch::stable::accelerator::DeviceGuard guard(policy.get_device_index());
   const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});

@@ -8,11 +8,14 @@ namespace dde_fast {
 
 // the forward's tensors, all on the device of policy
 inline void check_devices(const Tensor& policy, const OptionalTensor& reference,
-                          const OptionalTensor& errors,
-                          std::initializer_list<const Tensor*> others) {
+                          const OptionalTensor& errors, const Tensor& target,
+                          const Tensor& timesteps, const Tensor& weights, const Tensor& margins) {
   if (reference) check_device(*reference, policy, "reference");
   if (errors) check_device(*errors, policy, "reference");
-  for (const Tensor* x : others) check_device(*x, policy, "preference_loss");
+  check_device(target, policy, "target");
+  check_device(timesteps, policy, "timesteps");
+  check_device(weights, policy, "weights");
+  check_device(margins, policy, "margins");
 }
 
 inline void* gradient_of(const Tensor& gradient, const Rows& policy, int64_t pairs, int64_t n) {
