@@ -69,7 +69,8 @@ def cuda_commands(torch: Path, nvcc: str, archs: tuple[int, ...] = ARCHS) -> lis
     flags += ["-Werror=all-warnings", "-Xptxas=-v", "--threads=0", *codes]
     # noise and samples without contraction: the CPU's bits
     exact = ["-fmad=false"]
-    extra = {"preference_cuda": [], "noise_cuda": exact, "ratios_cuda": [], "ddim_cuda": exact}
+    extra = {"preference_cuda": [], "preference_cluster": [], "ratios_cuda": []}
+    extra |= {"noise_cuda": exact, "ddim_cuda": exact}
     return [[nvcc, *flags, *extra[name], f"{CSRC}/{name}.cu"] for name in extra]
 
 

@@ -1,0 +1,128 @@
+// The loss with its gradient on CUDA: one launch where there are clusters of blocks and a pair fits
+// into their shared memory, three anywhere else.
+
+#include "preference_cluster.cuh"
+
+#include <array>
+#include <atomic>
+
+#include "preference_cuda.cuh"
+
+namespace dde_fast {
+namespace {
+
+// A nonce for each launch (see Ticket): multiples of 2⁶⁴/φ, of which no billion come within a
+// batch of each other, so memory that an earlier launch counted in is no obstacle.
+unsigned long long next_nonce() {
+  static std::atomic<unsigned long long> last{0};
+  return last += 0x9E3779B97F4A7C15ull;
+}
+
+int attribute_of(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+}
+
+// Whether the device can run such clusters. Asked once for each size of a cluster, unless later
+// ones need more memory: the driver takes its time to answer.
+template <class P, class Y, bool REFERENCE>
+bool fits(const cudaLaunchConfig_t& config, unsigned blocks, int device) {
+  static std::array<std::array<std::atomic<size_t>, MAX_CLUSTER + 1>, 128> known{};
+  std::atomic<size_t>& fitting = known.at(device)[blocks];
+  if (config.dynamicSmemBytes <= fitting) return true;
+  const auto kernel = pair_kernel<P, Y, REFERENCE>;
+  const int most = attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  int clusters = 0;
+  if (config.dynamicSmemBytes <= static_cast<size_t>(most) &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) ==
+          cudaSuccess) {
+    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  }
+  if (clusters == 0) {
+    cudaGetLastError();  // a refusal is an answer
+    return false;
+  }
+  fitting = config.dynamicSmemBytes;
+  return true;
+}
+
+// false: not on this device
+template <class P, class Y, bool REFERENCE>
+bool launch_clusters(const PairLoss& a, int device, cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {a.blocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks_of(a.inputs.pairs, a.blocks);
+  config.blockDim = THREADS;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes(a.share));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  if (!fits<P, Y, REFERENCE>(config, a.blocks, device)) return false;
+  cudaLaunchKernelEx(&config, pair_kernel<P, Y, REFERENCE>, a);
+  check_launch("pair_kernel");
+  return true;
+}
+
+// Everything in one launch; false: not for these inputs or not on this device.
+bool launch_pairs(const Forward& f, void* gradient, int device, cudaStream_t stream) {
+  if (attribute_of(cudaDevAttrComputeCapabilityMajor, device) < 9) return false;
+  const unsigned blocks = cluster_blocks(f.n);
+  const Tensor count = empty_like_of(f.logits, {1}, true);  // 8 bytes
+  const PairLoss a{inputs_of(f), gradient, finish_of(f),
+                   {static_cast<unsigned long long*>(count.data_ptr()), next_nonce()},
+                   share_of(f.n, blocks), blocks};
+  bool launched = false;
+  vectorised(f.policy.dtype, f.target.dtype, f.n, is_aligned(a.inputs) && is_aligned(gradient),
+             [&](auto acc, auto policy, auto target) {
+               using P = decltype(policy);
+               using Y = decltype(target);
+               if constexpr (sizeof(acc) == sizeof(float)) {
+                 launched = f.reference.data ? launch_clusters<P, Y, true>(a, device, stream)
+                                             : launch_clusters<P, Y, false>(a, device, stream);
+               }
+             });
+  return launched;
+}
+
+template <class A>
+void launch_unit_gradient(const Forward& f, void* gradient, cudaStream_t stream) {
+  launch_gradient<A>({f.policy, f.target, gradient, f.schedule, f.objective, true, nullptr, nullptr,
+                      nullptr, static_cast<const A*>(f.logits.data_ptr()), f.pairs, f.n,
+                      (f.n + TILE - 1) / TILE},
+                     stream);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_with_gradient_cuda(
+    Tensor gradient,           // as policy; gets d loss / d policy
+    Tensor policy,             // [2B, C, H, W], or [B, C, H, W] shared by the pair
+    OptionalTensor reference,  // rows of its own, as policy
+    OptionalTensor errors,     // [2B], the reference's, instead of its prediction
+    Tensor target,             // [2B, C, H, W] or [B, C, H, W]
+    Tensor timesteps,          // int64 [B] or [2B]
+    Tensor weights,            // [T]
+    Tensor margins,            // [T]
+    double beta, double lose_weight, int64_t link, double label_smoothing) {
+  check_devices(policy, reference, errors, target, timesteps, weights, margins);
+  check_device(gradient, policy, "gradient");
+  const int device = policy.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(policy);
+  const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
+                               {link, beta, lose_weight, label_smoothing});
+  void* out = gradient_of(gradient, f.policy, f.pairs, f.n);
+  if (launch_pairs(f, out, device, stream)) return f.outputs();
+  launch_forward(f, stream);
+  f.wide ? launch_unit_gradient<double>(f, out, stream)
+         : launch_unit_gradient<float>(f, out, stream);
+  return f.outputs();
+}
+
+}  // namespace dde_fast
+
+STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CUDA, m) {
+  m.impl("preference_loss_with_gradient", TORCH_BOX(&dde_fast::preference_loss_with_gradient_cuda));
+}
