@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dde_fast.reference import accumulation_dtype, same_layout
+from dde_fast.triton_kernels import NUM_WARPS
 
 BLOCK = 1024
 """Elements of a program: 8 per thread, one or two 128-bit accesses in 16 bits or fp32."""
@@ -191,7 +192,7 @@ def ddim_step(
         MAKE=out is not None,
         PREDICTION=PREDICTION[prediction_type],
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
     ddim_density_kernel[(rows,)](
         partial,
@@ -241,6 +242,6 @@ def ddim_step_backward(
         PREDICTION=PREDICTION[prediction_type],
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
     return out if out.stride() == gradient.stride() else gradient.copy_(out)
