@@ -21,6 +21,37 @@ struct Vector<double> {
   typedef double Unaligned __attribute__((vector_size(DDE_FAST_VECTOR), aligned(8), may_alias));
 };
 
+template <class A>
+DDE_FN typename Vector<A>::Type load_vector(const A* p) {
+  return *reinterpret_cast<const typename Vector<A>::Unaligned*>(p);
+}
+
+template <class A>
+DDE_FN void store_vector(typename Vector<A>::Type x, A* p) {
+  *reinterpret_cast<typename Vector<A>::Unaligned*>(p) = x;
+}
+
+// bf16 two at a time, as the halves of 32-bit words: widened by a shift and a mask, without shuffles
+typedef uint32_t Words __attribute__((vector_size(DDE_FAST_VECTOR)));
+typedef uint32_t UnalignedWords
+    __attribute__((vector_size(DDE_FAST_VECTOR), aligned(2), may_alias));
+typedef Vector<float>::Type Floats;
+
+DDE_FN Words load_words(const uint16_t* p) { return *reinterpret_cast<const UnalignedWords*>(p); }
+DDE_FN Floats even(const Words& x) { return (Floats)(x << 16); }
+DDE_FN Floats odd(const Words& x) { return (Floats)(x & 0xFFFF0000u); }
+
+// rounded to bf16 in the high halves: nearest even, every NaN to the quiet one, as to_bf16
+DDE_FN Words rounded(const Floats& x) {
+  const Words u = (Words)x, is_number = (Words)(x == x);
+  return ((u + 0x7FFFu + ((u >> 16) & 1u)) & is_number) | (0x7FC00000u & ~is_number);
+}
+
+DDE_FN void store_words(const Floats& even, const Floats& odd, uint16_t* p) {
+  const Words x = (rounded(even) >> 16) | (rounded(odd) & 0xFFFF0000u);
+  *reinterpret_cast<UnalignedWords*>(p) = x;
+}
+
 // lanes in order, in double
 template <class A, int64_t COUNT>
 double total(const typename Vector<A>::Type (&lanes)[COUNT]) {

@@ -16,33 +16,80 @@ struct Sums {
   typename Vector<A>::Type difference[LANES * sizeof(A) / DDE_FAST_VECTOR];
 };
 
+// a vector of elements into the sums of their lanes
+template <bool REFERENCE, class V>
+DDE_FN void add_vector(const V& o, const V& r, const V& y, V& policy, V& reference, V& difference) {
+  const V e = y - o;
+  policy += e * e;
+  if (REFERENCE) {
+    const V f = y - r;
+    reference += f * f;
+    difference += (r - o) * (e + f);
+  }
+}
+
+// elements of the accumulating type; n whole lanes
 template <class A, bool REFERENCE>
 void add_block(const A* o, const A* r, const A* y, int64_t n, Sums<A>& sums) {
-  using V = typename Vector<A>::Type;
-  using U = typename Vector<A>::Unaligned;
   constexpr int64_t WIDTH = DDE_FAST_VECTOR / sizeof(A), COUNT = LANES / WIDTH;
-  V p[COUNT], q[COUNT], d[COUNT];
-  for (int64_t k = 0; k < COUNT; ++k) {
-    p[k] = sums.policy[k], q[k] = sums.reference[k], d[k] = sums.difference[k];
-  }
+  Sums<A> local = sums;  // in registers
   for (int64_t i = 0; i < n; i += LANES) {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < COUNT; ++k) {
       const int64_t at = i + k * WIDTH;
-      const V b_o = *reinterpret_cast<const U*>(o + at), b_y = *reinterpret_cast<const U*>(y + at);
-      const V e = b_y - b_o;
-      p[k] += e * e;
-      if (REFERENCE) {
-        const V b_r = *reinterpret_cast<const U*>(r + at), f = b_y - b_r;
-        q[k] += f * f;
-        d[k] += (b_r - b_o) * (e + f);
-      }
+      add_vector<REFERENCE>(load_vector(o + at), load_vector(r + at), load_vector(y + at),
+                            local.policy[k], local.reference[k], local.difference[k]);
     }
   }
-  for (int64_t k = 0; k < COUNT; ++k) {
-    sums.policy[k] = p[k], sums.reference[k] = q[k], sums.difference[k] = d[k];
-  }
+  sums = local;
 }
+
+// bf16; n twice whole lanes, as two neighbours share one
+template <bool REFERENCE>
+void add_block(const uint16_t* o, const uint16_t* r, const uint16_t* y, int64_t n,
+               Sums<float>& sums) {
+  constexpr int64_t WIDTH = DDE_FAST_VECTOR / 2, COUNT = 2 * LANES / WIDTH;
+  Sums<float> local = sums;
+  for (int64_t i = 0; i < n; i += 2 * LANES) {
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < COUNT; ++k) {
+      const int64_t at = i + k * WIDTH;
+      const Words b_o = load_words(o + at), b_r = load_words(r + at), b_y = load_words(y + at);
+      add_vector<REFERENCE>(even(b_o), even(b_r), even(b_y), local.policy[k], local.reference[k],
+                            local.difference[k]);
+      add_vector<REFERENCE>(odd(b_o), odd(b_r), odd(b_y), local.policy[k], local.reference[k],
+                            local.difference[k]);
+    }
+  }
+  sums = local;
+}
+
+// where a sample's row begins, in rows of E
+template <class E>
+DDE_FN const E* row(const Rows& x, int64_t sample, int64_t n) {
+  return static_cast<const E*>(x.data) + row_of(x, sample) * n;
+}
+
+// A chunk of bf16 straight from the tensors; false where the task is none or has odd ends.
+bool add_bf16(const ErrorsTask& task, int64_t pair, int64_t begin, int64_t end, Sums<float>* sums) {
+  const bool is_bf16 = task.policy.dtype == BF16 && task.target.dtype == BF16 &&
+                       (!task.reference.data || task.reference.dtype == BF16);
+  if (!is_bf16 || end % (2 * LANES)) return false;
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t sample = pair + half * task.pairs;
+    const uint16_t* o = row<uint16_t>(task.policy, sample, task.n) + begin;
+    const uint16_t* y = row<uint16_t>(task.target, sample, task.n) + begin;
+    if (task.reference.data) {
+      const uint16_t* r = row<uint16_t>(task.reference, sample, task.n) + begin;
+      add_block<true>(o, r, y, end - begin, sums[half]);
+    } else {
+      add_block<false>(o, o, y, end - begin, sums[half]);
+    }
+  }
+  return true;
+}
+
+bool add_bf16(const ErrorsTask&, int64_t, int64_t, int64_t, Sums<double>*) { return false; }
 
 // Both halves of a pair in turn, so that a row they share is read and widened once.
 template <class A>
@@ -53,7 +100,8 @@ void errors_of(const ErrorsTask& task, int64_t begin, int64_t end) {
     const int64_t pair = i_task / task.chunks, chunk = i_task % task.chunks;
     const int64_t stop = (chunk + 1) * CHUNK < task.n ? (chunk + 1) * CHUNK : task.n;
     Sums<A> sums[2] = {};
-    for (int64_t at = chunk * CHUNK; at < stop; at += BLOCK) {
+    const bool done = add_bf16(task, pair, chunk * CHUNK, stop, sums);
+    for (int64_t at = chunk * CHUNK; at < stop && !done; at += BLOCK) {
       const int64_t n = stop - at < BLOCK ? stop - at : BLOCK;
       const A *o = nullptr, *r = nullptr, *y = nullptr;
       for (int64_t half = 0; half < 2; ++half) {
@@ -61,7 +109,7 @@ void errors_of(const ErrorsTask& task, int64_t begin, int64_t end) {
         if (!half || task.target.rows == rows) y = widen(task.target, sample, task.n, at, n, b_y);
         if (!half || task.policy.rows == rows) o = widen(task.policy, sample, task.n, at, n, b_o);
         if (!task.reference.data) {
-          add_block<A, false>(o, nullptr, y, n, sums[half]);
+          add_block<A, false>(o, o, y, n, sums[half]);
           continue;
         }
         if (!half || task.reference.rows == rows) {
@@ -79,6 +127,25 @@ void errors_of(const ErrorsTask& task, int64_t begin, int64_t end) {
   }
 }
 
+// A chunk of bf16 straight from and to the tensors; false where the task is none, has odd ends, or
+// sums two halves.
+bool gradient_bf16(const GradientTask& task, int64_t pair, int64_t begin, int64_t end) {
+  const bool is_bf16 = task.policy.dtype == BF16 && task.target.dtype == BF16 && !task.wide;
+  if (!is_bf16 || end % (2 * LANES) || task.policy.rows == task.pairs) return false;
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t sample = pair + half * task.pairs;
+    const uint16_t* o = row<uint16_t>(task.policy, sample, task.n);
+    const uint16_t* y = row<uint16_t>(task.target, sample, task.n);
+    uint16_t* g = static_cast<uint16_t*>(task.gradient) + sample * task.n;
+    const float factor = static_cast<float>(task.factors[sample]);
+    for (int64_t i = begin; i < end; i += DDE_FAST_VECTOR / 2) {
+      const Words b_o = load_words(o + i), b_y = load_words(y + i);
+      store_words((even(b_o) - even(b_y)) * factor, (odd(b_o) - odd(b_y)) * factor, g + i);
+    }
+  }
+  return true;
+}
+
 template <class A>
 void gradient_of(const GradientTask& task, int64_t begin, int64_t end) {
   alignas(64) A b_o[BLOCK], b_y[BLOCK], b_g[BLOCK];
@@ -88,6 +155,7 @@ void gradient_of(const GradientTask& task, int64_t begin, int64_t end) {
   for (int64_t i_task = begin; i_task < end; ++i_task) {
     const int64_t pair = i_task / task.chunks, chunk = i_task % task.chunks;
     const int64_t stop = (chunk + 1) * CHUNK < task.n ? (chunk + 1) * CHUNK : task.n;
+    if (gradient_bf16(task, pair, chunk * CHUNK, stop)) continue;
     for (int64_t at = chunk * CHUNK; at < stop; at += BLOCK) {
       const int64_t n = stop - at < BLOCK ? stop - at : BLOCK;
       const A *o = nullptr, *y = nullptr;

@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dde_fast.backends import implementation
+from dde_fast.backends import differentiable, implementation
 from dde_fast.reference import accumulation_dtype, empty_noised, number_of_pairs
 
 WITH_GRADIENT = ("cpp",)
@@ -30,12 +30,13 @@ def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
     logit, and with it the loss, is NaN."""
     if timesteps.device.type != "cpu":
         return
-    low, high = (int(x) for x in timesteps.aminmax())
+    values = timesteps.tolist()  # a microsecond, where every tensor op takes several
+    low, high = min(values), max(values)
     if low < 0 or high >= num_timesteps:
         raise ValueError(
             f"timesteps: expected values in [0, {num_timesteps}), got {low if low < 0 else high}"
         )
-    if len(timesteps) > pairs and not torch.equal(timesteps[:pairs], timesteps[pairs:]):
+    if len(values) > pairs and values[:pairs] != values[pairs:]:
         raise ValueError("timesteps: expected equal halves (a pair shares its timestep)")
 
 
@@ -48,9 +49,8 @@ class _LossGradient(torch.autograd.Function):
     """Gradient of a forward op's first three results in `policy`."""
 
     @staticmethod
-    def forward(ctx, op, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*inputs)
+    def forward(ctx, run, *inputs):
+        output = run(*inputs)
         policy, _, target, timesteps, weights, _, *constants = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[3:])
@@ -80,33 +80,7 @@ class _LossGradient(torch.autograd.Function):
         return None, gradient, *none
 
 
-def _differentiable(gradient: type[torch.autograd.Function]) -> Callable:
-    """Register a function as torch.ops.dde_fast.NAME, differentiable in its first argument.
-
-    `gradient.apply` gets the op and its arguments. `custom_op` and its `register_autograd` do the
-    same and take 100 µs at each call.
-    """
-
-    def register(function: Callable) -> torch._ops.OpOverload:
-        name = f"dde_fast::{function.__name__}"
-        schema = torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(name, "CompositeExplicitAutograd", function)
-        op = getattr(torch.ops.dde_fast, function.__name__).default
-
-        def with_autograd(first, *rest):
-            if torch.is_grad_enabled() and first.requires_grad:
-                return gradient.apply(op, first, *rest)
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(first, *rest)
-
-        torch.library.impl(name, "Autograd", with_autograd)
-        return op
-
-    return register
-
-
-@_differentiable(_LossGradient)
+@differentiable(_LossGradient)
 def preference_loss(
     policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
@@ -189,7 +163,7 @@ def _(grad_loss, grad_logits, grad_policy_error, policy, *_):
     return torch.empty_like(policy)
 
 
-@_differentiable(_LossGradient)
+@differentiable(_LossGradient)
 def preference_loss_with_gradient(
     policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     reference: Tensor | None,  # like policy, or its errors float32 [2B], or None
@@ -311,9 +285,8 @@ class _StepGradient(torch.autograd.Function):
     """Gradient of `ddim_step`'s results in `prediction`."""
 
     @staticmethod
-    def forward(ctx, op, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            made, log_prob = op(*inputs)
+    def forward(ctx, run, *inputs):
+        made, log_prob = run(*inputs)
         prediction, sample, coefficients, _, next_sample, *constants = inputs
         ctx.set_materialize_grads(False)
         if next_sample is not None:
@@ -334,7 +307,7 @@ class _StepGradient(torch.autograd.Function):
         return None, gradient, *none
 
 
-@_differentiable(_StepGradient)
+@differentiable(_StepGradient)
 def ddim_step(
     prediction: Tensor,  # [B, C, H, W]
     sample: Tensor,  # [B, C, H, W]

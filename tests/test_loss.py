@@ -8,7 +8,7 @@ import torch
 from conftest import BACKENDS, DEVICE
 
 from dde_fast import OBJECTIVES, PreferenceLoss
-from dde_fast.ops import why_not
+from dde_fast.backends import why_not
 
 SHAPE = (4, 16, 12)
 TIMESTEPS = [0, 1, 300, 998, 999]

@@ -116,7 +116,7 @@ def test_readme_results_are_the_committed_ones():
     from results_table import render
 
     block = re.search(r"<!-- results -->\n(.*?)<!-- /results -->", README, re.S).group(1)
-    assert block == render(ROOT / "benchmarks" / "results")
+    assert "|" in block and block == render(ROOT / "benchmarks" / "results")
 
 
 @pytest.fixture(scope="module")
