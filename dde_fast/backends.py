@@ -28,7 +28,7 @@ AUTO = {"cpu": ("cpp",), "cuda": ("triton", "cpp"), "xpu": ("triton",)}
 def why_not(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot serve tensors of a device; None if it can."""
     if backend == "cpp":
-        from dde_fast import compiled
+        from dde_fast import compiled  # brings torch's compiler, which takes a second
 
         return compiled.why_not(device)
     if backend != "triton":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dde_fast.backends import differentiable, implementation
 from dde_fast.reference import accumulation_dtype, empty_noised, number_of_pairs
@@ -59,6 +60,7 @@ class _LossGradient(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, grad_logits, grad_policy_error, *_):
         policy, target, timesteps, logits, weights, *made = ctx.saved_tensors
         none, elsewhere = (None,) * 10, grad_logits is not None or grad_policy_error is not None
@@ -297,6 +299,7 @@ class _StepGradient(torch.autograd.Function):
         return made, log_prob
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_next, grad_log_prob):
         none = (None,) * 6
         if grad_next is None and grad_log_prob is None:

@@ -59,13 +59,10 @@ def same_layout(*tensors: Tensor) -> list[Tensor]:
     A mean does not care which order it is: contiguous and channels_last both pass untouched. For
     the kernels, which see a latent as N elements in a row.
     """
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        if all(
-            (memory_format == torch.contiguous_format or x.dim() == 4)
-            and x.is_contiguous(memory_format=memory_format)
-            for x in tensors
-        ):
-            return list(tensors)
+    if all([x.is_contiguous() for x in tensors]):
+        return list(tensors)
+    if all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in tensors):
+        return list(tensors)
     return [x.contiguous() for x in tensors]
 
 

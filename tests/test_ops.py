@@ -367,6 +367,19 @@ def test_gradient_with_the_forward_serves_every_backward(backend):
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused(backend):
+    """Its gradient is not made of differentiable steps: better none than half of one."""
+    args = arguments(pairs=2, backend=backend)
+    policy = args[0].requires_grad_()
+    for op in (ops.preference_loss, ops.preference_loss_with_gradient):
+        if op is ops.preference_loss or backend in ops.WITH_GRADIENT:
+            total = op(policy, *args[1:])[0] * policy.sum()
+            (gradient,) = torch.autograd.grad(total, policy, create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                gradient.sum().backward()
+
+
 def test_fp16_gradients_wait_for_the_loss_scale():
     """Made with the forward, a small fp16 gradient would be 0 before the scale reaches it."""
     for backend in ops.WITH_GRADIENT:
