@@ -14,6 +14,8 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xforme
 
 
 def version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # tells CPU and CUDA builds apart
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
