@@ -39,6 +39,8 @@ def implementation(name: str):
         return salesforce
     if name == "compiled":
         torch._dynamo.reset()
+        # the backward is timed alone too, again and again on one graph
+        torch._functorch.config.donated_buffer = False
         return torch.compile(salesforce, dynamic=False)
     loss_fn = PreferenceLoss(
         "diffusion-dpo", alphas_cumprod=ALPHAS_CUMPROD, beta=BETA, backend=name

@@ -88,9 +88,12 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Statistics without the raw times: what `--benchmark-compare` reads, small enough to commit."""
+    """What `--benchmark-compare` reads, small enough to commit: no raw times, five digits."""
     for row in output_json["benchmarks"]:
+        row.pop("options", None)
         row["stats"].pop("data", None)
+        for values in (row["stats"], row["extra_info"]):
+            values |= {k: float(f"{v:.5g}") for k, v in values.items() if isinstance(v, float)}
 
 
 def cpu_name() -> str:
