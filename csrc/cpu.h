@@ -26,6 +26,7 @@ struct GradientTask {
   void* gradient;  // rows and dtype of policy
   int64_t pairs, n, chunks;
   bool wide;
+  bool stream;            // rows of 64 bytes, too many for the caches: write around them
   const double* factors;  // [2B], 2/N · d loss / d e
 };
 

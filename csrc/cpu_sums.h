@@ -4,6 +4,10 @@
 
 #include "cpu.h"
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 namespace dde_fast {
 namespace DDE_FAST_ISA {
 namespace {
@@ -26,11 +30,6 @@ DDE_FN typename Vector<A>::Type load_vector(const A* p) {
   return *reinterpret_cast<const typename Vector<A>::Unaligned*>(p);
 }
 
-template <class A>
-DDE_FN void store_vector(typename Vector<A>::Type x, A* p) {
-  *reinterpret_cast<typename Vector<A>::Unaligned*>(p) = x;
-}
-
 // bf16 two at a time, as the halves of 32-bit words: widened by a shift and a mask, without shuffles
 typedef uint32_t Words __attribute__((vector_size(DDE_FAST_VECTOR)));
 typedef uint32_t UnalignedWords
@@ -47,9 +46,28 @@ DDE_FN Words rounded(const Floats& x) {
   return ((u + 0x7FFFu + ((u >> 16) & 1u)) & is_number) | (0x7FC00000u & ~is_number);
 }
 
-DDE_FN void store_words(const Floats& even, const Floats& odd, uint16_t* p) {
-  const Words x = (rounded(even) >> 16) | (rounded(odd) & 0xFFFF0000u);
-  *reinterpret_cast<UnalignedWords*>(p) = x;
+DDE_FN Words narrowed(const Floats& even, const Floats& odd) {
+  return (rounded(even) >> 16) | (rounded(odd) & 0xFFFF0000u);
+}
+
+// to a whole vector's address; STREAM: around the caches, which would read the line first
+template <bool STREAM>
+DDE_FN void store_vector(const Floats& x, void* p) {
+#if DDE_FAST_VECTOR == 64
+  if (STREAM) return _mm512_stream_ps(static_cast<float*>(p), (__m512)x);
+#elif DDE_FAST_VECTOR == 32
+  if (STREAM) return _mm256_stream_ps(static_cast<float*>(p), (__m256)x);
+#elif defined(__SSE2__)
+  if (STREAM) return _mm_stream_ps(static_cast<float*>(p), (__m128)x);
+#endif
+  *static_cast<Vector<float>::Unaligned*>(p) = x;
+}
+
+// before another thread may read what was streamed
+DDE_FN void finish_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
 }
 
 // lanes in order, in double

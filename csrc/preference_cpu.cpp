@@ -84,6 +84,13 @@ void forward(const Forward& f) {
   finish_loss(f, out);
 }
 
+// whether a gradient is better written around the caches: larger than them, in whole lines
+bool is_streamed(const void* gradient, const Rows& policy, int64_t n) {
+  const int64_t row = n * bytes_of(policy.dtype);
+  return policy.rows * row >= (int64_t{32} << 20) && row % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(gradient) % 64 == 0;
+}
+
 // Forward, and d loss / d policy. A thread takes whole pairs, so that the gradient finds in its
 // cache what the errors left there; with too few pairs for that, all threads share each.
 template <class T>
@@ -94,7 +101,7 @@ void forward_with_gradient(const Forward& f, void* gradient) {
   const ErrorsTask errors{f.policy, f.reference, f.target, f.pairs, f.n, chunks, f.wide,
                           partial.get()};
   const GradientTask task{f.policy, f.target, gradient, f.pairs, f.n, chunks, f.wide,
-                          factors.get()};
+                          is_streamed(gradient, f.policy, f.n), factors.get()};
   const Results<T> out(f);
   const auto finish = [&](int64_t pair) {
     finish_pair(f, partial.get(), chunks, pair, out);
@@ -212,7 +219,8 @@ void preference_loss_backward_cpu(Tensor gradient,                  // as policy
   const auto form = wide_logits ? factors_of<double> : factors_of<float>;
   form(schedule, objective, grad_loss, grad_logits, grad_policy_error, logits, n, factors.get());
   const bool wide = wide_logits || o.dtype == F64 || y.dtype == F64;
-  const GradientTask task{o, y, g, pairs, n, chunks, wide, factors.get()};
+  const bool stream = is_streamed(g, o, n);
+  const GradientTask task{o, y, g, pairs, n, chunks, wide, stream, factors.get()};
   run(loops().gradient, &task, pairs * chunks);
 }
 

@@ -127,23 +127,45 @@ void errors_of(const ErrorsTask& task, int64_t begin, int64_t end) {
   }
 }
 
-// A chunk of bf16 straight from and to the tensors; false where the task is none, has odd ends, or
-// sums two halves.
-bool gradient_bf16(const GradientTask& task, int64_t pair, int64_t begin, int64_t end) {
-  const bool is_bf16 = task.policy.dtype == BF16 && task.target.dtype == BF16 && !task.wide;
-  if (!is_bf16 || end % (2 * LANES) || task.policy.rows == task.pairs) return false;
+// n elements, twice whole lanes, straight from and to the tensors
+template <bool STREAM>
+void gradient_row(const uint16_t* o, const uint16_t* y, uint16_t* g, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i += DDE_FAST_VECTOR / 2) {
+    const Words b_o = load_words(o + i), b_y = load_words(y + i);
+    const Words x = narrowed((even(b_o) - even(b_y)) * factor, (odd(b_o) - odd(b_y)) * factor);
+    store_vector<STREAM>((Floats)x, g + i);
+  }
+}
+
+template <bool STREAM>
+void gradient_row(const float* o, const float* y, float* g, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i += DDE_FAST_VECTOR / 4) {
+    store_vector<STREAM>((load_vector(o + i) - load_vector(y + i)) * factor, g + i);
+  }
+}
+
+template <class E>
+void gradient_rows(const GradientTask& task, int64_t pair, int64_t begin, int64_t end) {
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t sample = pair + half * task.pairs;
-    const uint16_t* o = row<uint16_t>(task.policy, sample, task.n);
-    const uint16_t* y = row<uint16_t>(task.target, sample, task.n);
-    uint16_t* g = static_cast<uint16_t*>(task.gradient) + sample * task.n;
+    const E* o = row<E>(task.policy, sample, task.n) + begin;
+    const E* y = row<E>(task.target, sample, task.n) + begin;
+    E* g = static_cast<E*>(task.gradient) + sample * task.n + begin;
     const float factor = static_cast<float>(task.factors[sample]);
-    for (int64_t i = begin; i < end; i += DDE_FAST_VECTOR / 2) {
-      const Words b_o = load_words(o + i), b_y = load_words(y + i);
-      store_words((even(b_o) - even(b_y)) * factor, (odd(b_o) - odd(b_y)) * factor, g + i);
-    }
+    task.stream ? gradient_row<true>(o, y, g, end - begin, factor)
+                : gradient_row<false>(o, y, g, end - begin, factor);
   }
-  return true;
+}
+
+// A chunk of fp32 or bf16 without a detour; false where the task is neither, has odd ends, or sums
+// two halves.
+bool gradient_direct(const GradientTask& task, int64_t pair, int64_t begin, int64_t end) {
+  const DType dtype = task.policy.dtype;
+  const bool shared = task.policy.rows == task.pairs, whole = end % (2 * LANES) == 0;
+  if (task.wide || task.target.dtype != dtype || shared || !whole) return false;
+  if (dtype == F32) return gradient_rows<float>(task, pair, begin, end), true;
+  if (dtype == BF16) return gradient_rows<uint16_t>(task, pair, begin, end), true;
+  return false;
 }
 
 template <class A>
@@ -155,7 +177,7 @@ void gradient_of(const GradientTask& task, int64_t begin, int64_t end) {
   for (int64_t i_task = begin; i_task < end; ++i_task) {
     const int64_t pair = i_task / task.chunks, chunk = i_task % task.chunks;
     const int64_t stop = (chunk + 1) * CHUNK < task.n ? (chunk + 1) * CHUNK : task.n;
-    if (gradient_bf16(task, pair, chunk * CHUNK, stop)) continue;
+    if (gradient_direct(task, pair, chunk * CHUNK, stop)) continue;
     for (int64_t at = chunk * CHUNK; at < stop; at += BLOCK) {
       const int64_t n = stop - at < BLOCK ? stop - at : BLOCK;
       const A *o = nullptr, *y = nullptr;
@@ -188,6 +210,7 @@ void gradient_loop(const void* task, int64_t begin, int64_t end) {
   const GradientTask& gradient = *static_cast<const GradientTask*>(task);
   gradient.wide ? gradient_of<double>(gradient, begin, end)
                 : gradient_of<float>(gradient, begin, end);
+  if (gradient.stream) finish_stream();
 }
 
 }  // namespace DDE_FAST_ISA

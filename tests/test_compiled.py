@@ -149,6 +149,21 @@ def test_all_instruction_sets_and_threads_give_the_same_bits():
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_large_gradients_go_around_the_caches(isa, dtype):
+    """From 32 MiB on in aligned lines; the same bits as where the address forbids it."""
+    n = (1 << 23) // dtype.itemsize
+    o, r, y = torch.randn(3, 4, n, dtype=torch.bfloat16).to(dtype)
+    rest = (torch.tensor([3, 7]), torch.rand(10), torch.rand(10), 5.0, 0.7, 0, 0.1)
+    aligned, moved = torch.empty(4, n, dtype=dtype), torch.empty(4 * n + 1, dtype=dtype)[1:]
+    assert aligned.data_ptr() % 64 == 0 and moved.data_ptr() % 64 != 0
+    for gradient in (aligned, moved.view(4, n)):
+        gradient.fill_(float("nan"))
+        torch.ops.dde_fast_cpp.preference_loss_with_gradient(gradient, o, r, None, y, *rest)
+    assert aligned.isfinite().all() and aligned.flatten().equal(moved)
+
+
+@needs_extension
 def test_equal_models_give_log_2_and_an_invalid_number_shows(isa):
     args = list(arguments(pairs=7))
     args[1], args[5], args[9] = args[0].clone(), torch.zeros(10), 0.0
