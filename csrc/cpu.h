@@ -13,6 +13,8 @@ constexpr int64_t CHUNK = 4096;   // elements of one task: a fixed grid, whateve
 constexpr int64_t LANES = 16;     // sums kept side by side: the same on every instruction set
 constexpr int64_t GRAIN = 8;      // fewest tasks worth a thread
 
+DDE_FN int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
+
 // A task is (pair, chunk) = (task / chunks, task % chunks).
 struct ErrorsTask {
   Rows policy, reference, target;  // reference.data null: none to read

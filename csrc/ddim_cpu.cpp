@@ -3,16 +3,11 @@
 
 #include <memory>
 
-#include "cpu.h"
+#include "cpu_threads.h"
 #include "tensors.h"
 
 namespace dde_fast {
 namespace {
-
-void run(Loop loop, const void* task, int64_t tasks) {
-  torch::stable::parallel_for(
-      0, tasks, GRAIN, [=](int64_t begin, int64_t end) { loop(task, begin, end); });
-}
 
 // log-densities of all candidates from their chunks' sums [K·B, chunks]
 template <class T>
@@ -37,7 +32,7 @@ void ddim_step_cpu(Tensor log_prob,      // [K·B]
   const Step step = step_of(prediction, sample, given, coefficients, prediction_type);
   check_vector(log_prob, step.batch * step.count,
                step.wide ? ScalarType::Double : ScalarType::Float, "log_prob");
-  const int64_t chunks = (step.n + CHUNK - 1) / CHUNK;
+  const int64_t chunks = chunks_of(step.n);
   const std::unique_ptr<double[]> partial(new double[step.batch * step.count * chunks]);
   const StepTask task{step, next_of(step, next), step.sample.dtype, chunks, partial.get()};
   run(loops().step, &task, step.batch * chunks);
@@ -56,7 +51,7 @@ void ddim_step_backward_cpu(Tensor gradient,               // as prediction
                             int64_t prediction_type) {
   Step step = step_of(prediction, sample, next, coefficients, prediction_type);
   const StepIncoming incoming = incoming_of(step, gradient, grad_next, grad_log_prob);
-  const int64_t candidates = step.batch * step.count, chunks = (step.n + CHUNK - 1) / CHUNK;
+  const int64_t candidates = step.batch * step.count, chunks = chunks_of(step.n);
   std::unique_ptr<double[]> factors;
   if (incoming.log_prob.data) {
     factors.reset(new double[candidates]);

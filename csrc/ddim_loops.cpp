@@ -12,14 +12,13 @@ namespace {
 template <class A>
 double squares(const A* next, const A* mean, int64_t n) {
   using V = typename Vector<A>::Type;
-  using U = typename Vector<A>::Unaligned;
   constexpr int64_t WIDTH = DDE_FAST_VECTOR / sizeof(A), COUNT = LANES / WIDTH;
   V sums[COUNT] = {};
   for (int64_t i = 0; i < n; i += LANES) {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < COUNT; ++k) {
       const int64_t at = i + k * WIDTH;
-      const V e = *reinterpret_cast<const U*>(next + at) - *reinterpret_cast<const U*>(mean + at);
+      const V e = load_vector(next + at) - load_vector(mean + at);
       sums[k] += e * e;
     }
   }

@@ -15,7 +15,7 @@ NoiseTask task_of(const Tensor& noise, const Tensor& pair_ids, const Tensor& dra
   task.pairs = pair_ids.numel();
   task.n = row_size(noise, task.pairs, "noise");
   task.to = layout_of(noise, "noise");
-  task.chunks = (task.n + CHUNK - 1) / CHUNK;
+  task.chunks = chunks_of(task.n);
   task.noise = noise.data_ptr();
   task.dtype = dtype_of(noise, "noise");
   prefer_huge_pages(task.noise, task.pairs * task.n * bytes_of(task.dtype));

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "cpu.h"
+#include "cpu_threads.h"
 #include "pages.h"
 #include "tensors.h"
 
@@ -65,13 +65,6 @@ void finish_loss(const Forward& f, const Results<T>& out) {
   *out.loss = static_cast<T>(first + sum / static_cast<double>(f.pairs));
 }
 
-void run(Loop loop, const void* task, int64_t tasks) {
-  torch::stable::parallel_for(
-      0, tasks, GRAIN, [=](int64_t begin, int64_t end) { loop(task, begin, end); });
-}
-
-int64_t chunks_of(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
-
 template <class T>
 void forward(const Forward& f) {
   const int64_t chunks = chunks_of(f.n);
@@ -87,7 +80,7 @@ void forward(const Forward& f) {
 // whether a gradient is better written around the caches: larger than them, in whole lines
 bool is_streamed(const void* gradient, const Rows& policy, int64_t n) {
   const int64_t row = n * bytes_of(policy.dtype);
-  return policy.rows * row >= (int64_t{32} << 20) && row % 64 == 0 &&
+  return policy.rows * row >= LARGE_BYTES && row % 64 == 0 &&
          reinterpret_cast<uintptr_t>(gradient) % 64 == 0;
 }
 
@@ -128,13 +121,10 @@ void forward_with_gradient(const Forward& f, void* gradient) {
   finish_loss(f, out);
 }
 
-// where the gradient goes
+// where the gradient goes, about to be written
 void* gradient_data(const Tensor& gradient, const Rows& policy, int64_t pairs, int64_t n) {
-  const Rows g = rows_of(gradient, pairs, n, "gradient");
-  STD_TORCH_CHECK(g.rows == policy.rows && g.dtype == policy.dtype,
-                  "gradient: expected one like policy");
-  void* data = gradient.data_ptr();
-  prefer_huge_pages(data, g.rows * n * bytes_of(g.dtype));
+  void* data = gradient_of(gradient, policy, pairs, n);
+  prefer_huge_pages(data, policy.rows * n * bytes_of(policy.dtype));
   return data;
 }
 

@@ -18,13 +18,6 @@ inline void check_devices(const Tensor& policy, const OptionalTensor& reference,
   check_device(margins, policy, "margins");
 }
 
-inline void* gradient_of(const Tensor& gradient, const Rows& policy, int64_t pairs, int64_t n) {
-  const Rows g = rows_of(gradient, pairs, n, "gradient");
-  STD_TORCH_CHECK(g.rows == policy.rows && g.dtype == policy.dtype,
-                  "gradient: expected one like policy");
-  return gradient.data_ptr();
-}
-
 inline Inputs inputs_of(const Forward& f) {
   return {f.policy, f.reference, f.target, f.pairs, f.n};
 }

@@ -48,6 +48,14 @@ inline Rows rows_of(const Tensor& x, int64_t pairs, int64_t n, const char* name)
   return {x.data_ptr(), rows, dtype_of(x, name)};
 }
 
+// where the gradient of a prediction goes: rows and dtype are the prediction's
+inline void* gradient_of(const Tensor& gradient, const Rows& policy, int64_t pairs, int64_t n) {
+  const Rows g = rows_of(gradient, pairs, n, "gradient");
+  STD_TORCH_CHECK(g.rows == policy.rows && g.dtype == policy.dtype,
+                  "gradient: expected one like policy");
+  return gradient.data_ptr();
+}
+
 inline void check_vector(const Tensor& x, int64_t size, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(x.numel() == size && x.is_contiguous(), name, ": expected ", size,
                   " contiguous elements, got ", x.numel());
