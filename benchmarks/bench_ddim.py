@@ -12,14 +12,12 @@ import math
 
 import pytest
 import torch
-from conftest import BACKENDS, BATCHES, DEVICE, SHAPES
+from conftest import ALPHAS_CUMPROD, BACKENDS, BATCHES, DEVICE, SETS, SHAPES
 from torch import Tensor
 
 from dde_fast.sampling import ddim_coefficients, ddim_step
 
-ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2).cumprod(0)
 CANDIDATES = 2
-SETS = 3
 
 
 def eager(

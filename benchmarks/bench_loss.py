@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS, BATCHES, DEVICE, SHAPES
+from conftest import ALPHAS_CUMPROD, BACKENDS, BATCHES, DEVICE, SETS, SHAPES
 from torch import Tensor
 
 from dde_fast import PreferenceLoss
 
 BETA = 5000.0
-SETS = 3
-ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2).cumprod(0)
 
 
 def salesforce(model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:

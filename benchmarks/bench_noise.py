@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS, BATCHES, DEVICE, SHAPES
+from conftest import BACKENDS, BATCHES, DEVICE, SETS, SHAPES
 from diffusers import DDPMScheduler
 
 from dde_fast.noise import add_noise
-
-SETS = 3
 
 
 @pytest.mark.parametrize("name", ["diffusers", *BACKENDS])

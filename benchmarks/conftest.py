@@ -30,6 +30,11 @@ BACKENDS = [name for name in backends.BACKENDS if backends.why_not(name, DEVICE)
 if DEVICE.type == "cpu":
     BACKENDS = [name for name in BACKENDS if name != "triton"]
 
+SETS = 3
+"""Different inputs that a row goes through in turn."""
+ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000).double() ** 2).cumprod(0)
+"""Stable Diffusion's schedule."""
+
 SHAPES = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "sd3": (16, 128, 128)}
 BATCHES = (1, 8, 16, 32, 128)
 if SMALL:

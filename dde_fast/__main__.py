@@ -34,10 +34,10 @@ def main() -> None:
         what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         print(f"{name} ({what}): backend {backends.resolve_backend('auto', device)}")
         for backend in backends.BACKENDS:
-            there = "available"
-            if backend == "cpp" and device.type == "cpu" and not backends.why_not(backend, device):
-                there += f", {compiled.isa()}"
-            print(f"  {backend:<13}{backends.why_not(backend, device) or there}")
+            state = backends.why_not(backend, device) or "available"
+            if state == "available" and backend == "cpp" and device.type == "cpu":
+                state += f", {compiled.isa()}"
+            print(f"  {backend:<13}{state}")
 
 
 if __name__ == "__main__":

@@ -38,3 +38,19 @@ def isa(request):
     before = compiled.isa()
     yield compiled.isa(request.param)
     compiled.isa(before)
+
+
+def on_all_sets_and_threads(make):
+    """What `make()` returns on every instruction set with one, two and three threads."""
+    threads, before = torch.get_num_threads(), compiled.isa()
+    seen = []
+    try:
+        for name in ISAS:
+            for count in (1, 2, 3):
+                compiled.isa(name)
+                torch.set_num_threads(count)
+                seen.append(make())
+    finally:
+        torch.set_num_threads(threads)
+        compiled.isa(before)
+    return seen

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ISAS
+from conftest import on_all_sets_and_threads
 from steps import coefficients
 from steps import inputs as step_inputs
 
@@ -125,27 +125,20 @@ def test_layouts(isa):
 
 @needs_extension
 def test_all_instruction_sets_and_threads_give_the_same_bits():
-    threads, before = torch.get_num_threads(), compiled.isa()
-    seen = []
-    try:
-        for name in ISAS:
-            for count in (1, 2, 3):
-                compiled.isa(name)
-                torch.set_num_threads(count)
-                outputs = []
-                for dtype in FLOATS:
-                    args = arguments((dtype,) * 3, pairs=5, shape=(4, 65, 63))
-                    outputs += run(compiled, args)
-                    abar, t = torch.linspace(0.9, 0.1, 10), args[3]
-                    noised = (args[0], t, abar, IDS[:5], DRAWS[:5], 3, dtype)
-                    outputs += compiled.add_noise(*noised)
-                    outputs += compiled.add_noise(*noised, channels_last=True)
-                seen.append(outputs)
-    finally:
-        torch.set_num_threads(threads)
-        compiled.isa(before)
-    for outputs in seen[1:]:
-        assert all(a.equal(b) for a, b in zip(outputs, seen[0], strict=True))
+    def make():
+        outputs = []
+        for dtype in FLOATS:
+            args = arguments((dtype,) * 3, pairs=5, shape=(4, 65, 63))
+            outputs += run(compiled, args)
+            abar, t = torch.linspace(0.9, 0.1, 10), args[3]
+            noised = (args[0], t, abar, IDS[:5], DRAWS[:5], 3, dtype)
+            outputs += compiled.add_noise(*noised)
+            outputs += compiled.add_noise(*noised, channels_last=True)
+        return outputs
+
+    first, *others = on_all_sets_and_threads(make)
+    for outputs in others:
+        assert all(a.equal(b) for a, b in zip(outputs, first, strict=True))
 
 
 @needs_extension

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import BACKENDS, DEVICE, ISAS
+from conftest import BACKENDS, DEVICE, ISAS, on_all_sets_and_threads
 from steps import PREVIOUS, TIMES, TYPES, coefficients, inputs, mean_and_size
 
 from dde_fast import compiled, ops, reference
@@ -220,20 +220,13 @@ def test_any_size_and_alignment(isa, n):
 
 @pytest.mark.skipif(not ISAS, reason="the compiled extension is not there")
 def test_all_instruction_sets_and_threads_give_the_same_bits():
-    threads, before = torch.get_num_threads(), compiled.isa()
-    seen = []
-    try:
-        for name in ISAS:
-            for count in (1, 2, 3):
-                compiled.isa(name)
-                torch.set_num_threads(count)
-                k, found = coefficients(), []
-                for dtype in FLOATS:
-                    o, x, z = inputs(3, (4, 65, 63), dtype)
-                    found += outputs(compiled, o, x, k, z)
-                seen.append(found)
-    finally:
-        torch.set_num_threads(threads)
-        compiled.isa(before)
-    for found in seen[1:]:
-        assert all(a.equal(b) for a, b in zip(found, seen[0], strict=True))
+    def make():
+        k, found = coefficients(), []
+        for dtype in FLOATS:
+            o, x, z = inputs(3, (4, 65, 63), dtype)
+            found += outputs(compiled, o, x, k, z)
+        return found
+
+    first, *others = on_all_sets_and_threads(make)
+    for found in others:
+        assert all(a.equal(b) for a, b in zip(found, first, strict=True))
