@@ -38,7 +38,7 @@ class Checkpoint:
     """Pairs consumed since the start."""
     world_size: int
     identity: dict[str, Any]
-    """What its continuation must share (`config.identity`, model and pairs)."""
+    """What its continuation must share (`inputs.identity_of`, model and pairs)."""
 
 
 def save(

@@ -11,8 +11,9 @@ import pytest
 import tiny
 import torch
 
-from dde_fast import config
-from dde_fast.config import PRESETS, TrainConfig, parse, read_engine_config
+from dde_fast.config import PRESETS, TrainConfig, parse
+from dde_fast.deepspeed_config import KNOWN_KEYS, read_engine_config
+from dde_fast.inputs import FREE_ON_RESUME, identity_of
 from dde_fast.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +67,7 @@ def test_help_explains_every_field(capsys):
 
 
 def test_the_default_json_is_complete():
-    parsed = config.read_engine_config(TrainConfig(deepspeed_config=str(ROOT / "ds.json")), 2)
+    parsed = read_engine_config(TrainConfig(deepspeed_config=str(ROOT / "ds.json")), 2)
     raw = json.loads((ROOT / "ds.json").read_text())
     assert raw["gradient_clipping"] == parsed.json["gradient_clipping"] == 1.0
     assert parsed.batch == 2 * raw["train_micro_batch_size_per_gpu"]
@@ -114,10 +115,10 @@ def test_batches_that_do_not_multiply(tmp_path, world_size, settings):
 
 def test_known_keys_are_those_of_the_installed_deepspeed():
     source = "".join(path.read_text() for path in Path(deepspeed.__file__).parent.rglob("*.py"))
-    for key in config.KNOWN_KEYS:
+    for key in KNOWN_KEYS:
         assert re.search(rf"""["']{key}["']""", source), key
     for key in ("amp", "nebula", "elasticity", "gradient_clippping"):
-        assert key not in config.KNOWN_KEYS
+        assert key not in KNOWN_KEYS
 
 
 @pytest.mark.parametrize("key", ["zero_optimisation", "gradient_clip", "amp"])
@@ -189,10 +190,10 @@ def test_identity_covers_what_shapes_the_trajectory(tmp_path):
     path = tiny.write_ds(tmp_path / "ds.json")
     settings = TrainConfig(deepspeed_config=str(path))
     engine_config = read_engine_config(settings, 1)
-    identity = config.identity(settings, engine_config)
+    identity = identity_of(settings, engine_config)
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
-    assert config.FREE_ON_RESUME < fields
-    assert fields - config.FREE_ON_RESUME == identity.keys() & fields
+    assert FREE_ON_RESUME < fields
+    assert fields - FREE_ON_RESUME == identity.keys() & fields
     assert {"objective", "beta", "seed", "learning_rate", "caption_dropout"} <= identity.keys()
     assert identity["deepspeed_config: pairs per optimizer step"] == 4
     assert json.loads(json.dumps(identity)) == identity

@@ -1,0 +1,150 @@
+"""The processes of a run and DeepSpeed's engine around the policy."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dde_fast.config import TrainConfig
+from dde_fast.deepspeed_config import EngineConfig
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input is one line on stderr, from one process per machine, and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ["LOCAL_RANK"] == "0":
+            print("dde_fast: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def launch_environment() -> None:
+    """What deepspeed and torchrun set, for a single process started without either."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def start_process() -> torch.device:
+    """Join the other ranks; the device of this one."""
+    if torch.cuda.is_available():
+        import deepspeed
+
+        local_rank = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local_rank)
+        deepspeed.init_distributed("nccl")
+        return torch.device("cuda", local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
+    import deepspeed
+
+    # its shared-memory collectives would be compiled, for a minute, at the first start
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "OMP_NUM_THREADS" not in os.environ:  # ranks with a thread per core get in each other's way
+        # torchrun's name, deepspeed's name
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    deepspeed.init_distributed("gloo")
+    return torch.device("cpu")
+
+
+def check_json(e: EngineConfig) -> None:
+    """Let DeepSpeed read its JSON: what stands inside its sections, it checks itself.
+
+    Raises:
+        ValueError: it refuses it.
+    """
+    import deepspeed
+
+    try:
+        deepspeed.DeepSpeedConfig(copy.deepcopy(e.json))
+    except Exception as error:  # assertions, validation errors, a class of its own
+        raise ValueError(f"deepspeed_config: {error}") from None
+
+
+def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
+    """DeepSpeed's engine around the policy: AdamW with linear warm-up unless the JSON names its
+    own optimizer or scheduler."""
+    import deepspeed
+
+    if c.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    optimizer = functools.partial(
+        torch.optim.AdamW,
+        lr=c.learning_rate,
+        betas=(c.adam_beta1, c.adam_beta2),
+        eps=c.adam_eps,
+        weight_decay=c.weight_decay,
+        fused=True,
+    )
+    scheduler = functools.partial(
+        torch.optim.lr_scheduler.LambdaLR,
+        lr_lambda=lambda step: min(1.0, (step + 1) / max(1, c.warmup_steps)),
+    )
+    engine, *_ = deepspeed.initialize(
+        model=unet,
+        model_parameters=list(unet.parameters()),
+        optimizer=None if "optimizer" in e.json else optimizer,
+        lr_scheduler=None if "scheduler" in e.json else scheduler,
+        config=e.json,
+    )
+    return engine
+
+
+def gradient_norm_without_zero(engine) -> Tensor | None:
+    """L2 norm of the averaged gradient before clipping; under ZeRO None, its step computes it."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    gradients = (parameter.grad for parameter in engine.module.parameters())
+    return torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
+
+
+class StopSignal:
+    """SIGINT or SIGTERM asks for a last checkpoint; a second one ends the process at once."""
+
+    def __init__(self):
+        self.received = False
+        # on the CPU, so that asking makes no rank wait for its GPU
+        self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+        self.before = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _handle(self, number: int, frame) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        """Give the signals back to who handled them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; all ranks must call."""
+        if self.group is not None:
+            flag = torch.tensor([int(self.received)])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+            self.received = bool(flag.item())
+        return self.received
+
+
+def say(message: str) -> None:
+    """Print on one rank."""
+    if os.environ["RANK"] == "0":
+        print(message, flush=True)
