@@ -30,7 +30,8 @@ class TrainConfig:
     deepspeed_config: str = "ds.json"
     """DeepSpeed's JSON: batch sizes, ZeRO stage, precision, gradient clipping."""
     model: str = "embedded"
-    """Stable Diffusion pipeline to train: "embedded", a diffusers directory or a hub name."""
+    """Stable Diffusion to train (1.x, 2.x or XL): "embedded", a diffusers directory, a hub name, or
+    an original FILE.safetensors, with +DIRECTORY for configurations of your own or no network."""
     pairs: str = "faces"
     """Preference pairs: "faces" or "style" (embedded), or a parquet file or a folder of them in
     Pick-a-Pic's columns."""
@@ -78,6 +79,9 @@ class TrainConfig:
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    attention: str = "sdpa"
+    """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
+    xformers, or eager."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
     log_every: int = 10

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dde_fast import checkpoint, config, models, schedule
+from dde_fast import checkpoint, embedded, models, schedule
+from dde_fast.attention import use_attention
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
-from dde_fast.engine import say
+from dde_fast.engine import device_of_process, say
 from dde_fast.loss import PreferenceLoss
 from dde_fast.pairs import PairTable, load_pairs
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend log_every save_every local_rank".split()
+    "backend attention log_every save_every local_rank".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -61,18 +62,14 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         )
 
     # The pairs
-    model, pairs = c.model, c.pairs
-    if model == "embedded" or pairs in config.PRESETS:
-        from dde_fast import embedded
-
-        model = str(embedded.model_path()) if model == "embedded" else model
-        pairs = str(embedded.pairs_path(pairs, c.split)) if pairs in config.PRESETS else pairs
+    pairs = c.pairs
+    if pairs in embedded.SETS:
+        pairs = str(embedded.pairs_path(pairs, c.split))
     table = load_pairs(pairs, c.split, c.limit)
     say(f"pairs: {table}")
 
     # The loss and the policy
-    models.check_model(model)
-    scheduler = models.load_scheduler(model)
+    scheduler = models.load_scheduler(c.model)
     loss_fn = PreferenceLoss.from_scheduler(
         scheduler,
         c.objective,
@@ -84,7 +81,8 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     )
     loss_fn.auto_update = False  # once per optimizer step, over all micro-batches and ranks
     timesteps = loss_fn.timestep_probabilities(c.timestep_low, c.timestep_high)
-    unet = models.load_unet(model)
+    unet = models.load_unet(c.model)
+    use_attention(unet, c.attention, e.dtype, device_of_process())
 
     # What a continuation must share with its beginning
     identity = identity_of(c, e) | {
@@ -95,7 +93,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
-    return Inputs(model, table, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
+    return Inputs(c.model, table, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

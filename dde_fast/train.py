@@ -29,6 +29,7 @@ import torch.distributed as dist
 import transformers
 
 from dde_fast import checkpoint, config, models
+from dde_fast.attention import use_attention
 from dde_fast.cache import PairStream, encode_pairs
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
@@ -51,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Train as a command line says. What is wrong with it ends in one line and exit code 2."""
     launch_environment()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     diffusers.utils.logging.disable_progress_bar()
     with one_line_errors():
         settings = config.parse(args)
@@ -68,7 +70,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     output, saved = Path(c.output), None
 
     # Policy, frozen reference and loss; a continuation takes its state from the checkpoint
-    forward = build(c, e, inputs, device)
+    forward, stream = build(c, e, inputs, device)
     engine, loss_fn = forward.engine, forward.loss_fn
     if inputs.start is not None:
         checkpoint.load(engine, loss_fn, inputs.start)
@@ -82,7 +84,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     for step in range(start, c.steps):
         for micro in range(e.accumulation):
             first = step * e.batch + (micro * world_size + rank) * e.micro_batch
-            out = forward(first, first + e.micro_batch)
+            out = forward(stream.batch(first, first + e.micro_batch))
             engine.backward(out.loss)
             meter.add({"loss": out.loss.detach(), **out.metrics()})
             if micro < e.accumulation - 1:
@@ -124,21 +126,25 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     dist.barrier()
 
 
-def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device) -> PairForward:
+def build(
+    c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device
+) -> tuple[PairForward, PairStream]:
     """Everything that an optimizer step needs, on the device."""
     # Every image and caption is encoded once; the encoders are freed again
     encoders = models.Encoders.load(inputs.model, device)
-    latent_size = inputs.unet.config.sample_size
-    data = encode_pairs(inputs.table.pairs, encoders, latent_size=latent_size)
+    shape = models.latent_shape(inputs.unet.config)
+    data = encode_pairs(inputs.table.pairs, encoders, latent_shape=shape)
     inputs.table.pairs.clear()
     del encoders
+    stream = PairStream(data, c.seed, c.caption_dropout, c.backend)
 
     engine = start_engine(c, e, inputs.unet)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
     if loss_fn.objective.needs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
-    return PairForward(c, e, inputs, PairStream(data, c.seed), engine, reference, loss_fn)
+        use_attention(reference, c.attention, e.dtype, device)
+    return PairForward(c, e, inputs, engine, reference, loss_fn), stream
 
 
 if __name__ == "__main__":

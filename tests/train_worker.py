@@ -36,7 +36,7 @@ def plain(args: list[str]) -> None:
     )
     loss_fn = PreferenceLoss.from_scheduler(scheduler, c.objective, beta=c.beta)
     encoders = Encoders.load(c.model, torch.device("cpu"))
-    data = encode_pairs(load_pairs(c.pairs).pairs, encoders, latent_size=4)
+    data = encode_pairs(load_pairs(c.pairs).pairs, encoders, latent_shape=(4, 4, 4))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, eps=c.adam_eps)
     probabilities, losses = loss_fn.timestep_probabilities(0, c.timestep_high), []
     stream = []
@@ -48,7 +48,9 @@ def plain(args: list[str]) -> None:
         key = {"seed": c.seed, "pair_ids": data.pair_ids[pairs], "draw": epochs}
         drop = noise.pair_uniform(1, **key) <= c.caption_dropout
         captions = torch.where(drop, 0, data.captions[pairs])
-        latents = data.latents[torch.cat([data.winners[pairs], data.losers[pairs]])]
+        images = torch.cat([data.winners[pairs], data.losers[pairs]])
+        draws = noise.pair_noise((3, 4, 4, 4), **key)
+        latents = data.mean[images] + data.std[images] * torch.cat([draws[:, 1], draws[:, 2]])
         t = noise.sample_timesteps(probabilities, **key)
         noisy, eps = noise.add_noise(latents, t, scheduler.alphas_cumprod, **key)
         both = torch.cat([eps, eps])
@@ -57,8 +59,13 @@ def plain(args: list[str]) -> None:
             "v_prediction": scheduler.get_velocity(latents, both, torch.cat([t, t])),
             "sample": latents,
         }[scheduler.config.prediction_type]
-        inputs = (noisy, torch.cat([t, t]), data.embeddings[torch.cat([captions, captions])])
-        out = loss_fn(policy(*inputs).sample, reference(*inputs).sample, target, t)
+        text = {name: rows[torch.cat([captions, captions])] for name, rows in data.text.items()}
+        inputs = {"sample": noisy, "timestep": torch.cat([t, t])}
+        inputs["encoder_hidden_states"] = text["embeddings"]
+        if "pooled" in text:
+            inputs["added_cond_kwargs"] = {"text_embeds": text["pooled"]}
+            inputs["added_cond_kwargs"]["time_ids"] = data.time_ids[images]
+        out = loss_fn(policy(**inputs).sample, reference(**inputs).sample, target, t)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for group in optimizer.param_groups:
