@@ -1,135 +1,17 @@
-"""A prepared cache: what `python -m dde_fast.prepare` wrote, opened and checked for training.
-
-    settings.json               what it is made from and how; its hash is the cache's fingerprint
-    prompts-00000.safetensors   embeddings [n, L, D] and, for SDXL, pooled [n, P]; row 0 of the
-                                first is the empty caption
-    images-00000.safetensors    mean and std [n, C, h, w] of the VAE's posterior, sizes [n, 4]
-    pairs.safetensors           pair_ids, winners, losers, prompts: int64 [pairs]
-    rejected.jsonl              every pair left out, with its reason
-    manifest.json               counts, versions, size and SHA-256 of each shard; written last
-
-Each distinct image and prompt has one row; a pair is three row numbers. Rows are numbered through
-the shards, all of the same number of rows but the last.
-"""
+"""A prepared cache, opened and checked for training."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import torch
 from torch import Tensor
 
+from dde_fast.manifest import COLUMNS, DTYPES, EMPTY_CAPTION, MANIFEST, PAIRS, Manifest
 from dde_fast.shards import Shard, Shards, StreamedShards, check_content
-
-FORMAT = 1
-MANIFEST, SETTINGS, PAIRS, REJECTED = (
-    "manifest.json",
-    "settings.json",
-    "pairs.safetensors",
-    "rejected.jsonl",
-)
-COLUMNS = ("pair_ids", "winners", "losers", "prompts")
-EMPTY_CAPTION = 0
-"""Row of the empty caption."""
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-
-
-def fingerprint_of(settings: dict[str, Any]) -> str:
-    """SHA-256 of a cache's settings: equal for caches that hold the same pairs."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def shard_names(kind: str, rows: int, shard_size: int) -> list[str]:
-    """Names of the shards that hold so many rows of "images" or "prompts"."""
-    return [f"{kind}-{i:05d}.safetensors" for i in range(-(-rows // shard_size))]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a finished cache says of itself."""
-
-    settings: dict[str, Any]
-    counts: dict[str, int]
-    """images, prompts, pairs."""
-    rejected: dict[str, int]
-    """Reason -> pairs left out."""
-    shards: dict[str, list]
-    """Name -> [bytes, sha256]."""
-    versions: dict[str, str]
-    made_from: dict[str, str]
-    """The names of model and pairs, for a reader; what counts are their hashes in the settings."""
-    fingerprint: str
-    format: int = FORMAT
-
-    def __str__(self) -> str:
-        c, size = self.counts, sum(size for size, _ in self.shards.values())
-        text = f"{c['pairs']} pairs of {c['images']} images and {c['prompts']} prompts, "
-        text += f"{size / 2**30:.3g} GiB"
-        reasons = sorted(self.rejected.items(), key=lambda item: -item[1])
-        return text + (
-            f" (left out: {', '.join(f'{count} {reason}' for reason, count in reasons)})"
-            if reasons
-            else ""
-        )
-
-    def to_json(self) -> bytes:
-        return (json.dumps(asdict(self), indent=2) + "\n").encode()
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str) -> Manifest:
-        """Read and check a manifest.
-
-        Raises:
-            ValueError: it is of another format, or contradicts itself.
-        """
-        try:
-            record = json.loads(text)
-            if record["format"] != FORMAT:
-                raise ValueError(
-                    f"cache: expected format {FORMAT} in {where!r}, got {record['format']!r}: "
-                    "prepare again with this version"
-                )
-            manifest = cls(**record)
-            names = {PAIRS}
-            for kind in ("images", "prompts"):
-                size = manifest.settings["shard_size"]
-                names.update(shard_names(kind, manifest.counts[kind], size))
-            sound = (
-                manifest.fingerprint == fingerprint_of(manifest.settings)
-                and manifest.shards.keys() == names
-                and manifest.counts["pairs"] > 0
-                and manifest.settings["dtype"] in DTYPES
-                and all(
-                    type(size) is int and re.fullmatch("[0-9a-f]{64}", sha256)
-                    for size, sha256 in manifest.shards.values()
-                )
-                and all(type(manifest.settings[name]) is int for name in ("height", "width"))
-                and isinstance(manifest.settings["encoders"], dict)
-                and str(manifest)
-            )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError,
-                ZeroDivisionError) as error:  # fmt: skip
-            raise ValueError(
-                f"cache: expected a manifest in {where!r}, got a damaged one "
-                f"({type(error).__name__}: {error}); prepare again"
-            ) from None
-        if not sound:
-            raise ValueError(
-                f"cache: expected a manifest in {where!r}, got one that contradicts itself; "
-                "prepare again"
-            )
-        return manifest
 
 
 def is_cache(location: str | Path) -> bool:
@@ -219,6 +101,9 @@ class Cache:
         columns = (table.tensors[name].clone() for name in COLUMNS)
         self.pair_ids, self.winners, self.losers, self.prompts = columns
         assert len(self.pair_ids) == self.manifest.counts["pairs"]
+
+    def __str__(self) -> str:
+        return f"{self.manifest} in {self.location}"
 
     @property
     def fingerprint(self) -> str:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,9 +193,7 @@ class Loader:
         if not isinstance(item, tuple):
             self._ready.put(item)  # the end, for whoever asks again
             raise StopIteration if item is None else item
-        return to_batch(
-            self.cache, *item, seed=self.seed, device=self.device, backend=self.backend
-        )
+        return to_batch(self.cache, *item, seed=self.seed, device=self.device, backend=self.backend)
 
     def close(self) -> None:
         """End the thread and let go of what it had ready."""

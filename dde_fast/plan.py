@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dde_fast import cache, images
+from dde_fast import images
 from dde_fast.images import Geometry
+from dde_fast.manifest import COLUMNS, EMPTY_CAPTION, describe, shard_names
 from dde_fast.pairs import Image, Pair, Rejected, Source
 
 
@@ -41,11 +42,20 @@ class Plan:
     """Columns pair_ids, winners, losers, prompts."""
     rejected: list[Rejected]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of images, prompts and pairs."""
+        rows = {"images": self.images, "prompts": self.prompts, "pairs": self.pairs["pair_ids"]}
+        return {name: len(values) for name, values in rows.items()}
+
+    def __str__(self) -> str:
+        return describe(self.counts, count_reasons(self.rejected))
+
     def units(self, shard_size: int) -> list[Unit]:
         """The shards, in an order that is the same for every process."""
         units = []
         for kind, rows in (("prompts", len(self.prompts)), ("images", len(self.images))):
-            for i, name in enumerate(cache.shard_names(kind, rows, shard_size)):
+            for i, name in enumerate(shard_names(kind, rows, shard_size)):
                 units.append(Unit(kind, name, i * shard_size, min((i + 1) * shard_size, rows)))
         return units
 
@@ -87,7 +97,7 @@ def make_plan(source: Source, *, seed: int, crop: str, flip: bool) -> Plan:
 
     rows: dict[tuple[str, Geometry], int] = {}
     places: list[tuple[tuple, Geometry]] = []
-    prompts = {"": cache.EMPTY_CAPTION}
+    prompts = {"": EMPTY_CAPTION}
 
     def row_of(image: Image, geometry: Geometry) -> int:
         row = rows.setdefault((image.key, geometry), len(places))
@@ -95,7 +105,7 @@ def make_plan(source: Source, *, seed: int, crop: str, flip: bool) -> Plan:
             places.append((image.place, geometry))
         return row
 
-    columns: dict[str, list[int]] = {name: [] for name in cache.COLUMNS}
+    columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
     for pair, geometry in zip(pairs, shapes, strict=True):
         columns["pair_ids"].append(pair.pair_id)
         columns["winners"].append(row_of(pair.winner, geometry))

@@ -21,14 +21,12 @@ if not __package__:  # run by path: this folder would shadow other modules named
     sys.path[:] = [_parent if os.path.abspath(path) == _folder else path for path in sys.path]
 
 import json
-import platform
 import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +36,21 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
-from dde_fast import cache, embedded, images, models
+from dde_fast import embedded, images, models
+from dde_fast.cache import Cache
 from dde_fast.config import parse_command_line
 from dde_fast.encode import encode_images, encode_prompts, read_pictures
 from dde_fast.engine import device_of_process, launch_environment, one_line_errors, say
+from dde_fast.manifest import (
+    DTYPES,
+    MANIFEST,
+    PAIRS,
+    REJECTED,
+    SETTINGS,
+    Manifest,
+    fingerprint_of,
+    write_index,
+)
 from dde_fast.models import Encoders
 from dde_fast.pairs import open_source
 from dde_fast.plan import Plan, Unit, count_reasons, make_plan
@@ -74,8 +83,9 @@ class PrepareConfig:
     """Mirror half of the pairs, both images alike."""
     seed: int = 0
     """Of random crops and flips."""
-    min_side: int = 64
-    """Pixels; a pair with an image whose shorter side is below is left out."""
+    min_side: int = 0
+    """Pixels; a pair with an image whose shorter side is below is left out; 0 = a quarter of the
+    shorter side that it is scaled to."""
     max_pixels: int = images.MAX_PIXELS
     """Pixels; a pair with an image above is left out, before it is decoded."""
     dtype: str = "float16"
@@ -99,9 +109,9 @@ def check(c: PrepareConfig) -> None:
         ("resolution", c.resolution >= 0, "0 (the model's) or pixels"),
         ("crop", c.crop in images.CROPS, f"one of {', '.join(images.CROPS)}"),
         ("seed", 0 <= c.seed < 2**63, "0 or more, below 2**63"),
-        ("min_side", c.min_side >= 1, "at least 1"),
+        ("min_side", c.min_side >= 0, "0 (a quarter) or pixels"),
         ("max_pixels", c.max_pixels >= 1, "at least 1"),
-        ("dtype", c.dtype in cache.DTYPES, f"one of {', '.join(cache.DTYPES)}"),
+        ("dtype", c.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         ("shard_size", c.shard_size >= 1, "at least 1"),
         ("batch_size", c.batch_size >= 1, "at least 1"),
         ("decode_threads", c.decode_threads >= 1, "at least 1"),
@@ -141,18 +151,26 @@ class Preparation:
                 f"resolution: expected a multiple of {encoders.scale}, got {c.resolution}"
             )
         self.latent_shape = (channels, *(side // encoders.scale for side in self.size))
-        same = ("split", "limit", "crop", "flip", "seed", "min_side", "max_pixels", "dtype")
+        self.min_side = c.min_side or max(1, min(self.size) // 4)
+        same = ("split", "limit", "crop", "flip", "seed", "max_pixels", "dtype")
         self.settings = {
             "source": self.source.fingerprint(),
             "encoders": encoders.identity(),
             "height": self.size[0],
             "width": self.size[1],
+            "min_side": self.min_side,
             "shard_size": c.shard_size,
             **{name: getattr(c, name) for name in same},
         }
         """What the content follows from."""
-        self.fingerprint = cache.fingerprint_of(self.settings)
+        self.fingerprint = fingerprint_of(self.settings)
         self._check_folder()
+
+    def __str__(self) -> str:
+        manifest = self.manifest()
+        if manifest is not None:
+            return f"{manifest} in {self.c.output}"
+        return f"{self.plan}, to be encoded in {self.c.output}"
 
     @cached_property
     def plan(self) -> Plan:
@@ -165,12 +183,12 @@ class Preparation:
         """The shards of the plan."""
         return self.plan.units(self.c.shard_size)
 
-    def manifest(self) -> cache.Manifest | None:
+    def manifest(self) -> Manifest | None:
         """Of the finished cache, or None as long as something is missing."""
-        path = self.folder / cache.MANIFEST
+        path = self.folder / MANIFEST
         if not path.is_file():
             return None
-        manifest = cache.Manifest.from_json(path.read_bytes(), str(self.folder))
+        manifest = Manifest.from_json(path.read_bytes(), str(self.folder))
         there = all((self.folder / name).is_file() for name in manifest.shards)
         return manifest if there else None
 
@@ -183,9 +201,9 @@ class Preparation:
         units = self.units[part::parts]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep(units)
-        if not (self.folder / cache.SETTINGS).is_file():
+        if not (self.folder / SETTINGS).is_file():
             text = json.dumps(self.settings, indent=2) + "\n"
-            write_file(self.folder / cache.SETTINGS, text.encode())
+            write_file(self.folder / SETTINGS, text.encode())
         todo = [unit for unit in units if self._finished(unit) is None]
         total, rows = sum(map(len, units)), sum(map(len, todo))
         with (
@@ -203,7 +221,7 @@ class Preparation:
                 tensors, unusable = self._encode(unit, pool, bar.update)
                 write_shard(self.folder / unit.name, tensors, self.fingerprint, unusable)
 
-    def finish(self) -> cache.Manifest:
+    def finish(self) -> Manifest:
         """Write the table of pairs, what was rejected and, last, the manifest.
 
         Raises:
@@ -218,23 +236,16 @@ class Preparation:
             for row, why in shards[unit.name].facts.items()
         }
         plan = self.plan.without(unusable)
-        columns = {name: torch.tensor(rows) for name, rows in plan.pairs.items()}
-        write_shard(self.folder / cache.PAIRS, columns, self.fingerprint, {})
-        shards[cache.PAIRS] = open_shard(self.folder / cache.PAIRS)
-        lines = (json.dumps(vars(row), ensure_ascii=False) + "\n" for row in plan.rejected)
-        write_file(self.folder / cache.REJECTED, "".join(lines).encode(errors="replace"))
-        counts = {"images": plan.images, "prompts": plan.prompts, "pairs": plan.pairs["pair_ids"]}
-        manifest = cache.Manifest(
+        return write_index(
+            self.folder,
             settings=self.settings,
-            counts={name: len(rows) for name, rows in counts.items()},
-            rejected=count_reasons(plan.rejected),
-            shards={name: [shard.size, shard.sha256] for name, shard in shards.items()},
-            versions=versions(),
+            shards=shards,
+            columns={name: torch.tensor(rows) for name, rows in plan.pairs.items()},
+            counts=plan.counts,
+            rejected=map(vars, plan.rejected),
+            reasons=count_reasons(plan.rejected),
             made_from={"model": self.c.model, "pairs": self.c.pairs},
-            fingerprint=self.fingerprint,
         )
-        write_file(self.folder / cache.MANIFEST, manifest.to_json())
-        return manifest
 
     def run(self, part: int = 0, parts: int = 1) -> str:
         """Do one part of the work and finish the cache if it was the last; what there is to say."""
@@ -254,7 +265,7 @@ class Preparation:
         )
 
     def _check_folder(self) -> None:
-        path = self.folder / cache.SETTINGS
+        path = self.folder / SETTINGS
         if not path.is_file():
             others = self.folder.is_dir() and any(
                 not file.name.endswith(PARTIAL) for file in self.folder.iterdir()
@@ -283,7 +294,7 @@ class Preparation:
     def _sweep(self, units: list[Unit]) -> None:
         """Remove what killed processes left: of these shards all, of other files what is old."""
         own = tuple(f"{unit.name}." for unit in units)
-        common = tuple(f"{n}." for n in (cache.SETTINGS, cache.PAIRS, cache.REJECTED, cache.MANIFEST))
+        common = tuple(f"{n}." for n in (SETTINGS, PAIRS, REJECTED, MANIFEST))
         for path in self.folder.glob(f"*{PARTIAL}"):
             old = path.name.startswith(common) and time.time() - path.stat().st_mtime > ABANDONED
             if old or path.name.startswith(own):
@@ -302,10 +313,12 @@ class Preparation:
             )
         return shard
 
-    def _encode(self, unit: Unit, pool: ThreadPoolExecutor, progress) -> tuple[dict[str, Tensor], Any]:
+    def _encode(
+        self, unit: Unit, pool: ThreadPoolExecutor, progress
+    ) -> tuple[dict[str, Tensor], Any]:
         """Tensors of a shard, and which of its rows are unusable and why."""
         c, rows = self.c, slice(unit.start, unit.stop)
-        options = {"dtype": cache.DTYPES[c.dtype], "progress": progress}
+        options = {"dtype": DTYPES[c.dtype], "progress": progress}
         if unit.kind == "prompts":
             prompts = self.plan.prompts[rows]
             return encode_prompts(self.encoders, prompts, batch_size=c.batch_size, **options), {}
@@ -314,18 +327,11 @@ class Preparation:
             self.plan.images[rows],
             pool,
             size=self.size,
-            min_side=c.min_side,
+            min_side=self.min_side,
             max_pixels=c.max_pixels,
             batch_size=c.batch_size,
         )
         return encode_images(self.encoders, pictures, (len(unit), *self.latent_shape), **options)
-
-
-def versions() -> dict[str, str]:
-    """Of what a cache's content depends on."""
-    packages = ("dde-fast", "torch", "diffusers", "transformers", "safetensors", "pillow")
-    found = {name: metadata.version(name) for name in packages}
-    return found | {"python": platform.python_version()}
 
 
 def start(c: PrepareConfig, device: torch.device) -> Preparation:
@@ -334,13 +340,13 @@ def start(c: PrepareConfig, device: torch.device) -> Preparation:
     return Preparation(c, encoders, models.latent_shape(models.load_unet_config(c.model)))
 
 
-def verify(folder: str) -> cache.Manifest:
+def verify(folder: str) -> Manifest:
     """Read every shard of a finished cache.
 
     Raises:
         ValueError: one is missing, or is not what the manifest says.
     """
-    opened = cache.Cache(folder)
+    opened = Cache(folder)
     for name in tqdm(opened.manifest.shards, desc="verifying", unit="shard"):
         check_content(opened.shards[name], Path(folder) / name)
     return opened.manifest

@@ -80,9 +80,7 @@ def open_shard(path: Path) -> Shard:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         facts = json.loads(header["facts"])
-        return Shard(
-            tensors, header["fingerprint"], facts, header["sha256"], path.stat().st_size
-        )
+        return Shard(tensors, header["fingerprint"], facts, header["sha256"], path.stat().st_size)
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"cache: expected a whole shard in {str(path)!r}, got a damaged file ({error}); delete "
