@@ -2,8 +2,8 @@
 
 import hashlib
 import pickle
+import sys
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -216,7 +216,7 @@ def test_other_file_systems(tmp_path, url, monkeypatch):
         def _strip_protocol(cls, path):
             return "/" + path.removeprefix("hf://").strip("/")
 
-    monkeypatch.setitem(fsspec.registry._registry, "hf", Hub)
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
     for fs, root in ((MemoryFileSystem(), "/pairs/sets"), (Hub(), "/datasets/owner/name_v2")):
         for i in range(2):
             data = (tmp_path / f"sets/data/train-{i}.parquet").read_bytes()
