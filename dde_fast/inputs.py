@@ -64,7 +64,6 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
 
     # The pairs
     pairs = open_pairs(c, c.pairs, c.split, c.limit)
-    say(f"pairs: {pairs}")
 
     # The loss and the policy
     scheduler = models.load_scheduler(c.model)
@@ -90,6 +89,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     if start is not None:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
+    say(f"pairs: {pairs}")  # reads a source's rows
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(c.model, pairs, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
 

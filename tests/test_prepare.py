@@ -277,21 +277,21 @@ DIFFERENT = {
 def test_another_setting_is_refused(encoders, pairs, whole, name):
     options, message = DIFFERENT[name]
     with pytest.raises(ValueError, match=message):
-        caches.preparation(encoders, pairs, whole, **options)
+        caches.preparation(encoders, pairs, whole, **options).run()
 
 
 def test_other_pairs_models_and_folders_are_refused(encoders, pairs, whole, tmp_path):
     fewer = tiny.write_pairs(tmp_path / "train.parquet", tiny.rows()[:9])
     with pytest.raises(ValueError, match="output: .*: expected source "):
-        caches.preparation(encoders, fewer, whole)
+        caches.preparation(encoders, fewer, whole).run()
     other = tiny.make_model(tmp_path / "model", seed=1)
     others = Encoders.load(str(other), torch.device("cpu"))
     with pytest.raises(ValueError, match="output: .*: expected encoders "):
-        caches.preparation(others, pairs, whole)
+        caches.preparation(others, pairs, whole).run()
     with pytest.raises(ValueError, match="output: expected a new or empty directory"):
-        caches.preparation(encoders, pairs, tmp_path)
+        caches.preparation(encoders, pairs, tmp_path).run()
     with pytest.raises(ValueError, match="output: expected a new or empty directory"):
-        caches.preparation(encoders, pairs, fewer)
+        caches.preparation(encoders, pairs, fewer).run()
     # a shard of another cache under a name of this one
     foreign = caches.prepare(others, pairs, tmp_path / "foreign")
     mixed = tmp_path / "mixed"
