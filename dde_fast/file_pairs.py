@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ class ImageFiles(Source):
     def __init__(self, fs: AbstractFileSystem, folders: Sequence[str], limit: int = 0):
         super().__init__(limit)
         self.fs, self.folders = fs, tuple(folders)
-        self._known: dict[str, Image | Unusable] = {}
+        self._known: dict[str, Image | tuple[str, str]] = {}
 
     def read(self, places: Sequence[tuple]) -> Iterator[bytes]:
         for (path,) in places:
@@ -51,10 +52,10 @@ class ImageFiles(Source):
             try:
                 self._known[name] = self._find(name)
             except Unusable as why:
-                self._known[name] = why
+                self._known[name] = why.reason, why.detail
         found = self._known[name]
-        if isinstance(found, Unusable):
-            raise found
+        if isinstance(found, tuple):
+            raise Unusable(*found)
         return found
 
     def _find(self, name: str) -> Image:
@@ -103,7 +104,7 @@ class PairFolder(ImageFiles):
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name, size in self.sizes.items():
-            digest.update(f"{name} {size}\n".encode())
+            digest.update(os.fsencode(f"{name} {size}\n"))
             if name.endswith(".txt"):
                 digest.update(self.fs.cat_file(f"{self.folder}/{name}"))
         return digest.hexdigest()
@@ -202,7 +203,7 @@ class Table(Listed):
                 yield from rows
             except csv.Error as error:
                 raise ValueError(
-                    f"pairs: expected CSV, got {self.file!r} (line {rows.line_num}: {error})"
+                    f"pairs: expected CSV, got {self.file!r} (after line {rows.line_num}: {error})"
                 ) from None
 
     def _preference(self, row: dict[str, Any] | bytes) -> tuple[str, Image, Image]:

@@ -37,6 +37,8 @@ class Unusable(Exception):
     """A row or an image that cannot be trained on."""
 
     def __init__(self, reason: str, detail: str = ""):
+        # it may hold names that are no Unicode; it shall be printable anywhere
+        detail = detail.encode(errors="backslashreplace").decode()[:300]
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail = reason, detail
 

@@ -8,6 +8,7 @@ bytes) only when an image is asked for, or has no uid. The others are not touche
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ class PickAPic(Source):
         digest = hashlib.sha256()
         for path in self.files:
             size = self.fs.size(path)
-            digest.update(f"{posixpath.relpath(path, self.path)} {size}\n".encode())
+            digest.update(os.fsencode(f"{posixpath.relpath(path, self.path)} {size}\n"))
             # the footer, at the end, holds the sizes and statistics of every part
             digest.update(self.fs.cat_file(path, end=min(size, _EDGE)))
             digest.update(self.fs.cat_file(path, start=max(0, size - _EDGE)))
