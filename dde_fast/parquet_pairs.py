@@ -107,8 +107,9 @@ class PickAPic(Source):
 
 
 def parquet_files(fs: AbstractFileSystem, path: str) -> list[str]:
-    """The parquet files in a folder and those below, in order of their names."""
-    return sorted(file for file in fs.find(path) if file.endswith(".parquet"))
+    """The parquet files in a folder and those below, in order of their names; no hidden ones."""
+    files = (file for file in fs.find(path) if file.endswith(".parquet"))
+    return sorted(file for file in files if "/." not in f"/{posixpath.relpath(file, path)}")
 
 
 def _of_split(files: list[str], folder: str, split: str) -> list[str]:
@@ -210,7 +211,8 @@ def _reading(path: str) -> Iterator[None]:
     """What parquet and file systems raise, as one ValueError that names the file."""
     try:
         yield
-    except (OSError, ValueError, MemoryError, StopIteration, pa.ArrowException) as error:
+    except Exception as error:  # every remote file system raises errors of its own
         if str(error).startswith("pairs: "):
             raise
-        raise ValueError(f"pairs: expected a parquet file, got {path!r} ({error})") from None
+        got = f"{path!r} ({type(error).__name__}: {error})"
+        raise ValueError(f"pairs: expected a parquet file, got {got}") from None

@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import tiny
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dde_fast import file_pairs
 from dde_fast.pairs import Pair, open_source
@@ -164,6 +165,15 @@ def test_a_table(tmp_path, name):
     assert open_source(tmp_path / name).fingerprint() != first
     assert len(outcome(open_source(tmp_path / name, limit=1))) == 1
     pickle.dumps(open_source(tmp_path / name))
+
+
+def test_a_table_on_another_file_system(tmp_path):
+    fs = MemoryFileSystem()
+    write_csv(tmp_path / "t.csv", ROWS[:1] + [("b", "../0.png", "1.png")])
+    fs.pipe({"/set/t.csv": (tmp_path / "t.csv").read_bytes()})
+    fs.pipe({f"/set/images/{i}.png": tiny.png(i) for i in range(2)})
+    found = outcome(open_source("memory://set/t.csv"))
+    assert found == [(0, "0 > 1"), (1, "path outside the folder")]
 
 
 PATHS = {
