@@ -34,7 +34,9 @@ class TrainConfig:
     an original FILE.safetensors, with +DIRECTORY for configurations of your own or no network."""
     pairs: str = "faces"
     """Preference pairs: "faces" or "style" (embedded); a cache that `python -m dde_fast.prepare`
-    made, a folder or a URL; or what that can read, which is then encoded into OUTPUT/cache."""
+    made (a folder, a URL); or what is encoded into OUTPUT/cache first: parquet in Pick-a-Pic's
+    columns (a file, a folder, a URL, a data set's name on the hub), a folder with w/ and l/, a CSV or
+    JSONL table, or HPDv2's JSON."""
     split: str = "train"
     """Split of the pairs: of an embedded set, or the files of a folder whose name begins so."""
     limit: int = 0
