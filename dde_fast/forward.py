@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class PairForward:
         inputs: Inputs,
         stream: PairStream,
         engine,
-        reference: torch.nn.Module | None,
+        reference: Callable | None,  # called like the UNet
         loss_fn: PreferenceLoss,
     ):
         device = stream.data.latents.device
