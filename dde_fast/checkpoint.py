@@ -61,7 +61,10 @@ def save(
     if dist.get_rank() == 0 and path.exists():  # torn by a run that was killed here
         shutil.rmtree(path)
     dist.barrier()
-    engine.save_checkpoint(str(directory), tag=path.name, save_latest=False)
+    # what is frozen is the model's own, which `identity` names
+    engine.save_checkpoint(
+        str(directory), tag=path.name, save_latest=False, exclude_frozen_parameters=True
+    )
     if dist.get_rank() == 0:
         save_file(
             {name: value.contiguous().cpu() for name, value in loss_fn.state_dict().items()},
@@ -140,7 +143,10 @@ def check_continues(
 
 def load(engine, loss_fn, checkpoint: Checkpoint) -> None:
     """Put engine and loss where the checkpoint left them; all ranks must call."""
-    engine.load_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
+    engine.load_checkpoint(
+        str(checkpoint.path.parent), tag=checkpoint.path.name, load_module_strict=whole
+    )
     loss_fn.load_state_dict(load_file(checkpoint.path / "ratios.safetensors"))
 
 

@@ -83,6 +83,8 @@ def read_engine_config(config: TrainConfig, world_size: int) -> EngineConfig:
     # DeepSpeed clips at 1.0 unless told, and by default waits for the device at every step
     ds.setdefault("gradient_clipping", 1.0)
     ds.setdefault("timers", {"throughput": {"enabled": False}})
+    if "optimizer" not in ds:  # those of our table are tested
+        ds.setdefault("zero_allow_untested_optimizer", True)
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dde_fast import checkpoint, embedded, models, prepare, schedule
+from dde_fast import checkpoint, embedded, lora, models, prepare, schedule
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.engine import device_of_process, say
 from dde_fast.loss import PreferenceLoss
+from dde_fast.optimizers import load_optimizer
 from dde_fast.prepare import Preparation, PrepareConfig
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend attention cache_gib log_every save_every local_rank".split()
+    "attention shard_reference backend cache_gib log_every save_every local_rank".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -48,6 +49,8 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     Raises:
         ValueError, OSError: one of them is missing, broken, or not what the others need.
     """
+    load_optimizer(c, e)  # whether there is one
+
     # The place of the run: new, or one to continue
     output, start = Path(c.output), None
     if c.resume:
@@ -90,6 +93,8 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
     say(f"pairs: {pairs}")  # reads a source's rows
+    if c.lora_rank:  # after the model's fingerprint was taken
+        lora.add_adapters(unet, c)
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(c.model, pairs, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
 

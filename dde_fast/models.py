@@ -12,9 +12,7 @@ reference is the same UNet in the compute dtype.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -95,18 +93,12 @@ class Source:
     def _load_file(self, kind: type, options: dict[str, Any]) -> Any:
         try:
             part = kind.from_single_file(self.file, config=self.configs, **options)
+            return part.to("cpu")  # a weight that the file lacks was left on the meta device
         except (single_file_utils.SingleFileComponentError, KeyError, RuntimeError) as error:
-            raise ValueError(f"model: cannot read {self.file!r}: {error}") from None
-        for module in part.components.values() if isinstance(part, DiffusionPipeline) else [part]:
-            if not isinstance(module, torch.nn.Module):
-                continue
-            if missing := [name for name, value in module.named_parameters() if value.is_meta]:
-                raise ValueError(
-                    f"model: expected a file that fits the configurations in {self.configs!r}, got "
-                    f"{self.file!r} without {type(module).__name__}'s {missing[0]} and "
-                    f"{len(missing) - 1} others"
-                )
-        return part
+            raise ValueError(
+                f"model: expected a file with every weight of the {self.pipeline} that "
+                f"{self.configs!r} describes, got {self.file!r} ({error})"
+            ) from None
 
     def _load_parts(self, kind: type, options: dict[str, Any]) -> Any:
         failures = []
@@ -321,26 +313,3 @@ def fingerprint(module: torch.nn.Module) -> str:
         values = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
         digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
     return digest.hexdigest()
-
-
-def save_unet(engine, checkpoint: Path, directory: Path) -> None:
-    """Write the engine's UNet for diffusers, in exact float32. Rank 0 only; not a collective.
-
-    Args:
-        engine: the DeepSpeed engine.
-        checkpoint: a complete checkpoint of this very step: under ZeRO it holds the float32
-            weights that the ranks share, while the engine's own may be 16-bit or partitioned.
-        directory: where to write.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    if engine.zero_optimization_stage() == 0:
-        state = engine.module.state_dict()
-    else:
-        talk = io.StringIO()  # it prints every parameter group and draws progress bars
-        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
-            state = get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(engine.module.config)
-    unet.load_state_dict(state, assign=True)
-    unet.save_pretrained(directory)

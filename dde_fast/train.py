@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dde_fast import checkpoint, config, models
+from dde_fast import checkpoint, config, export, lora, models
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
@@ -42,6 +42,7 @@ from dde_fast.engine import (
     say,
     start_engine,
     start_process,
+    start_sharded_reference,
 )
 from dde_fast.forward import PairForward
 from dde_fast.inputs import Inputs, describe, read_inputs
@@ -56,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # else it reports casts that change nothing
     with one_line_errors():
         settings = config.parse(args)
         engine_config = read_engine_config(settings, int(os.environ["WORLD_SIZE"]))
@@ -126,15 +128,15 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         if last:
             break
 
-    # The result: a UNet that diffusers loads, in exact float32
+    # The result: weights that diffusers loads, in exact float32
     stop.restore()
     log.close()
     batches.close()
     if done < c.steps:
         say(f"stopped by a signal and saved {saved}; continue with --resume latest")
-    elif rank == 0:
-        models.save_unet(engine, saved, output / "unet")
-        say(f"trained UNet: {output / 'unet'}")
+    else:
+        folders = export.save_results(engine, c, inputs.identity)
+        say(f"trained: {', '.join(map(str, folders))}")
     dist.barrier()
 
 
@@ -165,9 +167,13 @@ def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device)
     engine = start_engine(c, e, inputs.unet)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
-    if loss_fn.objective.needs_reference:
+    if loss_fn.objective.needs_reference and c.lora_rank:
+        reference = lora.AdaptersOff(engine)
+    elif loss_fn.objective.needs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
         use_attention(reference, c.attention, e.dtype, device)
+        if c.shard_reference:
+            reference = start_sharded_reference(e, reference)
     return PairForward(c, e, inputs, engine, reference, loss_fn)
 
 
