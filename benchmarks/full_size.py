@@ -30,11 +30,11 @@ from published import PARAMETERS, UNETS, make_unet
 
 from dde_fast import lora
 from dde_fast.attention import use_attention
-from dde_fast.cache import Batch
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import launch_environment, start_engine, start_process
 from dde_fast.forward import PairForward
+from dde_fast.loader import Batch
 from dde_fast.loss import PreferenceLoss
 
 

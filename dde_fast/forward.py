@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dde_fast import noise
-from dde_fast.cache import Batch
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.inputs import Inputs
+from dde_fast.loader import Batch
 from dde_fast.loss import PreferenceLoss, PreferenceOutput
 
 

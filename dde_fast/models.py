@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,11 @@ def load_unet(model: str, dtype: torch.dtype = torch.float32) -> UNet2DCondition
     return locate(model).load(UNet2DConditionModel, dtype, "unet")
 
 
+def load_unet_config(model: str) -> dict[str, Any]:
+    """The configuration of the model's UNet; its weights are not read."""
+    return UNet2DConditionModel.load_config(locate(model).configs, subfolder="unet")
+
+
 def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
     """The frozen UNet: always the model's own weights, never those of a resumed run."""
     return load_unet(model, dtype).to(device).eval().requires_grad_(False)
@@ -290,10 +295,10 @@ class Encoders:
         return found
 
 
-def latent_shape(unet_config: Any) -> tuple[int, int, int]:
+def latent_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
     """(C, h, w) of the latents that a UNet of this configuration was made for."""
-    size = unet_config.sample_size
-    return (unet_config.in_channels, *((size, size) if isinstance(size, int) else size))
+    size = unet_config["sample_size"]
+    return (unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
 
 
 def _sha256(text: str) -> str:
