@@ -134,7 +134,7 @@ def sd15() -> TrainConfig:
     published launch."""
     return TrainConfig(
         preset="sd15",
-        deepspeed_config="configs/sd15.json",
+        deepspeed_config="configs/zero1.json",
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         pairs="yuvalkirstain/pickapic_v2",
         beta=5000.0,
@@ -150,7 +150,7 @@ def sdxl() -> TrainConfig:
     return replace(
         sd15(),
         preset="sdxl",
-        deepspeed_config="configs/sdxl.json",
+        deepspeed_config="configs/zero2.json",
         model="stabilityai/stable-diffusion-xl-base-1.0",
         steps=1500,
     )

@@ -118,7 +118,8 @@ def start_sharded_reference(e: EngineConfig, unet: torch.nn.Module):
     json |= {"zero_optimization": {"stage": 3}, "timers": e.json["timers"]}
     json["gradient_accumulation_steps"] = e.accumulation
     engine, *_ = deepspeed.initialize(model=unet, config=json)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def gradient_norm_without_zero(engine) -> Tensor | None:

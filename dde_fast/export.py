@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
@@ -100,6 +100,8 @@ def save_lora(engine, directory: Path) -> None:
     state = trained_weights(engine)
     if dist.get_rank() != 0:
         return
+    # imported here: the pipeline brings image processors that take seconds and warn
+    from diffusers import StableDiffusionPipeline
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(engine.module, state, adapter_name=lora.ADAPTER)
@@ -136,12 +138,15 @@ def trained_weights(engine) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
     """A folder to write into that takes `directory`'s place when it is finished."""
-    new = directory.with_name(f"{directory.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = (directory.with_name(f"{directory.name}.{end}") for end in ("new", "old"))
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) -> None:

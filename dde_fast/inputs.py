@@ -92,9 +92,9 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     if start is not None:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
-    say(f"pairs: {pairs}")  # reads a source's rows
     if c.lora_rank:  # after the model's fingerprint was taken
         lora.add_adapters(unet, c)
+    say(f"pairs: {pairs}")  # reads a source's rows
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(c.model, pairs, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
 

@@ -40,7 +40,10 @@ def add_adapters(unet: torch.nn.Module, c: TrainConfig) -> None:
     )
     with torch.random.fork_rng(devices=[]):  # A is random: equal on every rank and in every run
         torch.manual_seed(c.seed)
-        unet.add_adapter(settings, ADAPTER)
+        try:
+            unet.add_adapter(settings, ADAPTER)
+        except ValueError as error:  # of a layer such as a norm
+            raise ValueError(f"lora_targets: {error}; got {c.lora_targets!r}") from None
 
 
 class AdaptersOff:
