@@ -115,6 +115,12 @@ def open_pairs(
     if is_cache(pairs):
         local, size = embedded.cache_folder() / "shards", int(c.cache_gib * 2**30)
         cache = Cache(pairs, folder=local, limit=size)
+        if "://" in pairs and not c.shuffle_block and sum(cache.sizes()) > size:
+            raise ValueError(
+                f"shuffle_block: expected above 0 for a cache of {sum(cache.sizes()) / 2**30:.3g} GiB "
+                f"fetched into cache_gib = {c.cache_gib:g}: the whole of it would be fetched again "
+                f"and again, got 0; {cache.shard_size // 2} would do"
+            )
         unet = models.load_unet_config(c.model)
         encoders = models.Encoders.load(c.model, torch.device("cpu")).identity()
         cache.check_fits(encoders, unet["in_channels"], unet["cross_attention_dim"])

@@ -61,6 +61,14 @@ def alone(folder) -> Folder:
         {"args": folder.args("json", ds=stage(1, optimizer=adamw))},
         {"args": folder.args("syncs", log_every=3), "count_syncs": str(folder.path / "syncs.json")},
     ]
+    # a cache instead of what it was made from, taken up in the middle; then the same behind a URL
+    cache = folder.path / "prepared/cache"
+    jobs += [
+        {"args": folder.args("prepared", ds=stage(1), steps=4, save_every=2)},
+        {"args": folder.args("prepared", ds=stage(1), pairs=cache, resume="latest")},
+        {"args": folder.args("streamed", ds=stage(1), pairs=cache.as_uri())},
+        {"args": folder.args("blocks", ds=stage(1), pairs=cache, shuffle_block=2)},
+    ]
     for name in OBJECTIVES:
         jobs.append({"args": folder.args(name, objective=name, steps=OBJECTIVE_STEPS)})
     # stage 3 comes last: DeepSpeed then replaces torch's linear for the rest of the process
@@ -134,6 +142,17 @@ def test_accumulation_is_a_larger_batch(alone):
     assert (alone.losses("split") - alone.losses("zero1")).abs().max() < 1e-6
     assert alone.distance("split", "zero1") < 5e-4
     torch.testing.assert_close(alone.ratios("split"), alone.ratios("zero1"), rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["prepared", "streamed"])
+def test_a_prepared_cache_is_its_source(alone, name):
+    assert torch.equal(alone.losses(name), alone.losses("zero1"))
+    assert alone.distance(name, "zero1") == 0
+    assert (alone.path / name / "cache").exists() == (name == "prepared")
+
+
+def test_blocks_are_another_order_of_the_same_pairs(alone):
+    assert not torch.equal(alone.losses("blocks"), alone.losses("zero1"))
 
 
 def test_an_optimizer_of_the_json_is_filled_in(alone):
