@@ -70,7 +70,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     device = start_process()
     with one_line_errors():
         check_json(e)
-        cache = prepared(inputs.pairs)
+        cache = inputs.pairs = prepared(inputs.pairs)  # what planned and encoded it is let go
     rank, world_size = dist.get_rank(), dist.get_world_size()
     output, saved = Path(c.output), None
 
@@ -150,7 +150,6 @@ def prepared(pairs: Cache | Preparation) -> Cache:
         if dist.get_rank() == 0:
             say(f"cache: {pairs.finish()}")
         dist.barrier()
-    pairs.encoders = None  # they have done their work
     return Cache(pairs.folder)
 
 
