@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dde_fast import checkpoint, config, export, lora, models
+from dde_fast import checkpoint, config, ema, export, lora, models
 from dde_fast.cache import PairStream, encode_pairs
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
@@ -73,6 +73,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     engine, loss_fn = forward.engine, forward.loss_fn
     if inputs.start is not None:
         checkpoint.load(engine, loss_fn, inputs.start)
+        with one_line_errors():
+            if c.ema_decay:
+                ema.check_restored(engine)
         saved = inputs.start.path
     done = start = inputs.start.step if inputs.start else 0
     settings = describe(c, e)
