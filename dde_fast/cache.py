@@ -7,22 +7,88 @@ numbers into the two tables.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dde_fast import noise
+from dde_fast.images import Unusable, decode
 from dde_fast.models import Encoders
-from dde_fast.pairs import Pair
+from dde_fast.pairs import Pair, Source, open_source
 
 EMPTY_CAPTION = 0
 """Row of the empty caption."""
 
 SHUFFLE = 2
 """Number of a pair's choice of place in its epoch, beside those of `dde_fast.noise`."""
+
+
+@dataclass
+class PairTable:
+    """The usable pairs of a source, and what was left out."""
+
+    source: Source
+    pairs: list[Pair]
+    rows: int = 0
+    """Rows read."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows left out."""
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        return f"{len(self.pairs)} pairs of {self.rows} rows" + f" (dropped: {reasons})" * bool(
+            reasons
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the pairs' content and order."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            for part in (str(pair.pair_id), pair.caption, pair.winner.key, pair.loser.key):
+                digest.update(part.encode() + b"\0")
+        return digest.hexdigest()
+
+
+def load_pairs(spec: str | Path, split: str = "train", limit: int = 0) -> PairTable:
+    """Read a source, checking that every image decodes.
+
+    Raises:
+        ValueError: as `open_source`, or no pair left.
+    """
+    table = PairTable(open_source(spec, split), [])
+    decodes: dict[str, str] = {}
+    for row in table.source.rows():
+        table.rows += 1
+        reason = _undecodable(table.source, row, decodes) if isinstance(row, Pair) else row.reason
+        if reason:
+            table.dropped[reason] += 1
+        else:
+            table.pairs.append(row)
+        if limit and len(table.pairs) == limit:
+            break
+    if not table.pairs:
+        raise ValueError(f"pairs: expected at least one pair in {str(spec)!r}, got {table}")
+    return table
+
+
+def _undecodable(source: Source, pair: Pair, seen: dict[str, str]) -> str:
+    """Why an image of the pair does not decode, or ""; each distinct image is tried once."""
+    for image in (pair.winner, pair.loser):
+        if image.key not in seen:
+            try:
+                (data,) = source.read([image.place])
+                decode(data)
+                seen[image.key] = ""
+            except Unusable as why:
+                seen[image.key] = why.reason
+        if seen[image.key]:
+            return seen[image.key]
+    return ""
 
 
 @dataclass
@@ -57,7 +123,7 @@ class EncodedPairs:
 
 
 def encode_pairs(
-    pairs: Sequence[Pair],
+    table: PairTable,
     encoders: Encoders,
     *,
     latent_size: int | Sequence[int],
@@ -66,18 +132,18 @@ def encode_pairs(
     """Encode every distinct image and caption once; all ranks must call, and share the work.
 
     Args:
-        pairs: at least one.
+        table: at least one pair.
         latent_size: the UNet's `sample_size`.
         batch_size: images or captions per forward. Batches do not depend on the number of ranks.
     """
-    images, captions = _Rows(), _Rows()
-    captions.row("")
-    winners = [images.row(pair.winner) for pair in pairs]
-    losers = [images.row(pair.loser) for pair in pairs]
-    prompts = [captions.row(pair.caption) for pair in pairs]
+    pairs, images, captions = table.pairs, _Rows(), _Rows()
+    captions.row("", "")
+    winners = [images.row(pair.winner.key, pair.winner.place) for pair in pairs]
+    losers = [images.row(pair.loser.key, pair.loser.place) for pair in pairs]
+    prompts = [captions.row(pair.caption, pair.caption) for pair in pairs]
 
-    def encode_images(batch: list[bytes]) -> Tensor:
-        return encoders.latents(batch, latent_size)
+    def encode_images(places: list[tuple]) -> Tensor:
+        return encoders.latents(list(table.source.read(places)), latent_size)
 
     def index(rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=encoders.device)
@@ -120,15 +186,14 @@ class PairStream:
 
 
 class _Rows:
-    """Distinct items by content, in order of their first appearance."""
+    """Distinct items by key, in order of their first appearance."""
 
     def __init__(self):
         self.items: list = []
-        self._rows: dict[bytes, int] = {}
+        self._rows: dict[str, int] = {}
 
-    def row(self, item: bytes | str) -> int:
-        content = item.encode() if isinstance(item, str) else item
-        row = self._rows.setdefault(hashlib.sha256(content).digest(), len(self.items))
+    def row(self, key: str, item: tuple | str) -> int:
+        row = self._rows.setdefault(key, len(self.items))
         if row == len(self.items):
             self.items.append(item)
         return row

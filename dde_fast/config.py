@@ -33,8 +33,9 @@ class TrainConfig:
     model: str = "embedded"
     """Stable Diffusion pipeline to train: "embedded", a diffusers directory or a hub name."""
     pairs: str = "faces"
-    """Preference pairs: "faces" or "style" (embedded), or a parquet file or a folder of them in
-    Pick-a-Pic's columns."""
+    """Preference pairs: "faces" or "style" (embedded); or parquet in Pick-a-Pic's columns (a file, a
+    folder, a URL, a data set's name on the hub), a folder with w/ and l/, a CSV or JSONL table, or
+    HPDv2's JSON."""
     split: str = "train"
     """Split of the pairs: of an embedded set, or the files of a folder whose name begins so."""
     limit: int = 0

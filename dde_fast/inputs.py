@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dde_fast import checkpoint, config, lora, models, schedule
+from dde_fast.cache import PairTable, load_pairs
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.engine import say
 from dde_fast.loss import PreferenceLoss
 from dde_fast.optimizers import load_optimizer
-from dde_fast.pairs import PairTable, load_pairs
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "

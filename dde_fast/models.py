@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dde_fast.pairs import decode
+from dde_fast.images import decode
 
 PIPELINE = "StableDiffusionPipeline"
 

@@ -133,7 +133,7 @@ def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device)
     # Every image and caption is encoded once; the encoders are freed again
     encoders = models.Encoders.load(inputs.model, device)
     latent_size = inputs.unet.config.sample_size
-    data = encode_pairs(inputs.table.pairs, encoders, latent_size=latent_size)
+    data = encode_pairs(inputs.table, encoders, latent_size=latent_size)
     inputs.table.pairs.clear()
     del encoders
 

@@ -1,5 +1,6 @@
 """Encoding pairs once, and the order they are seen in."""
 
+import dataclasses
 import io
 
 import pytest
@@ -9,9 +10,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from dde_fast import cache
-from dde_fast.cache import PairStream, encode_pairs
+from dde_fast.cache import PairStream, encode_pairs, load_pairs
 from dde_fast.models import Encoders
-from dde_fast.pairs import Pair, load_pairs
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(encoders, table):
-    return encode_pairs(table.pairs, encoders, latent_size=4, batch_size=5)
+    return encode_pairs(table, encoders, latent_size=4, batch_size=5)
 
 
 def test_each_distinct_image_and_caption_is_encoded_once(encoders, table, data, monkeypatch):
@@ -45,7 +45,7 @@ def test_each_distinct_image_and_caption_is_encoded_once(encoders, table, data, 
             return encode(self, items, *args)
 
         monkeypatch.setattr(Encoders, name, counting)
-    encode_pairs(table.pairs, encoders, latent_size=4, batch_size=5)
+    encode_pairs(table, encoders, latent_size=4, batch_size=5)
     assert len(seen["latents"]) == len(set(seen["latents"])) == 12
     assert seen["embeddings"] == ["", "happy", "sad", "cat face"]
     assert data.latents.shape == (12, 4, 4, 4) and data.embeddings.shape == (4, 8, 16)
@@ -78,7 +78,8 @@ def test_take_puts_winners_first_and_drops_captions(data, table, encoders):
     index = torch.tensor([3, 0])
     latents, embeddings = data.take(index, torch.tensor([False, True]))
     pairs = [table.pairs[3], table.pairs[0]]
-    images = [pair.winner for pair in pairs] + [pair.loser for pair in pairs]
+    places = [pair.winner.place for pair in pairs] + [pair.loser.place for pair in pairs]
+    images = list(table.source.read(places))
     torch.testing.assert_close(latents, encoders.latents(images, 4), rtol=1e-5, atol=1e-6)
     expected = encoders.embeddings([pairs[0].caption, ""])
     torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-6)
@@ -104,7 +105,9 @@ def test_the_stream_does_not_depend_on_how_it_is_sliced(data):
 
 
 def test_the_order_follows_pair_ids_not_rows(data, table, encoders):
-    flipped = encode_pairs(table.pairs[::-1], encoders, latent_size=4)
+    flipped = encode_pairs(
+        dataclasses.replace(table, pairs=table.pairs[::-1]), encoders, latent_size=4
+    )
     ids = [d.pair_ids[PairStream(d, seed=0)[0:12][0]].tolist() for d in (data, flipped)]
     assert ids[0] == ids[1]
 
@@ -117,7 +120,7 @@ def test_ranks_share_the_encoding(encoders, table, data, monkeypatch):
         monkeypatch.setattr(cache.dist, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(cache.dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(cache.dist, "all_reduce", tables[rank].append)
-        encode_pairs(table.pairs, encoders, latent_size=4, batch_size=5)
+        encode_pairs(table, encoders, latent_size=4, batch_size=5)
     (latents_0, embeddings_0), (latents_1, embeddings_1) = tables.values()
     assert torch.equal(latents_0 + latents_1, data.latents)
     assert torch.equal(embeddings_0 + embeddings_1, data.embeddings)
@@ -125,8 +128,10 @@ def test_ranks_share_the_encoding(encoders, table, data, monkeypatch):
     assert latents_1[5:10].any() and not latents_1[:5].any()
 
 
-def test_one_pair_is_enough(encoders):
-    data = encode_pairs([Pair("a", tiny.png(0), tiny.png(1), 9)], encoders, latent_size=4)
+def test_one_pair_is_enough(encoders, table):
+    data = encode_pairs(
+        dataclasses.replace(table, pairs=table.pairs[9:10]), encoders, latent_size=4
+    )
     pairs, epochs = PairStream(data, seed=0)[0:3]
     assert pairs.tolist() == [0, 0, 0] and epochs.tolist() == [0, 1, 2]
 

@@ -20,10 +20,9 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dde_fast import config, lora, metrics, noise, ops, train
-from dde_fast.cache import encode_pairs
+from dde_fast.cache import encode_pairs, load_pairs
 from dde_fast.loss import PreferenceLoss
 from dde_fast.models import Encoders
-from dde_fast.pairs import load_pairs
 
 
 def plain(args: list[str]) -> None:
@@ -37,7 +36,7 @@ def plain(args: list[str]) -> None:
     )
     loss_fn = PreferenceLoss.from_scheduler(scheduler, c.objective, beta=c.beta)
     encoders = Encoders.load(c.model, torch.device("cpu"))
-    data = encode_pairs(load_pairs(c.pairs).pairs, encoders, latent_size=4)
+    data = encode_pairs(load_pairs(c.pairs), encoders, latent_size=4)
     if c.lora_rank:
         lora.add_adapters(policy, c)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
