@@ -128,7 +128,7 @@ def check_continues(
     Raises:
         ValueError: naming the first setting that differs.
     """
-    for key in checkpoint.identity.keys() | identity.keys():
+    for key in sorted(checkpoint.identity.keys() | identity.keys()):  # model before pairs
         theirs, ours = checkpoint.identity.get(key), identity.get(key)
         if theirs != ours:
             raise ValueError(

@@ -14,7 +14,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tyro
@@ -27,15 +27,18 @@ class TrainConfig:
     """Train a diffusion model on preference pairs."""
 
     preset: str = "faces"
-    """Which defaults to start from: faces or style, the two embedded preference sets."""
+    """Which defaults to start from: faces or style, the two embedded preference sets, or sd15 or
+    sdxl, the paper's on Pick-a-Pic."""
     deepspeed_config: str = "ds.json"
     """DeepSpeed's JSON: batch sizes, ZeRO stage, precision, gradient clipping."""
     model: str = "embedded"
-    """Stable Diffusion pipeline to train: "embedded", a diffusers directory or a hub name."""
+    """Stable Diffusion to train (1.x, 2.x or XL): "embedded", a diffusers directory, a hub name, or
+    an original FILE.safetensors, with +DIRECTORY for configurations of your own or no network."""
     pairs: str = "faces"
-    """Preference pairs: "faces" or "style" (embedded); or parquet in Pick-a-Pic's columns (a file, a
-    folder, a URL, a data set's name on the hub), a folder with w/ and l/, a CSV or JSONL table, or
-    HPDv2's JSON."""
+    """Preference pairs: "faces" or "style" (embedded); a cache that `python -m dde_fast.prepare`
+    made (a folder, a URL); or what is encoded into OUTPUT/cache first: parquet in Pick-a-Pic's
+    columns (a file, a folder, a URL, a data set's name on the hub), a folder with w/ and l/, a CSV or
+    JSONL table, or HPDv2's JSON."""
     split: str = "train"
     """Split of the pairs: of an embedded set, or the files of a folder whose name begins so."""
     limit: int = 0
@@ -96,8 +99,16 @@ class TrainConfig:
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    attention: str = "sdpa"
+    """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
+    xformers, or eager."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
+    shuffle_block: int = 0
+    """0 mixes the whole set; else this many consecutive pairs stay near each other in the order,
+    which a cache fetched from a URL needs: as many as a shard holds images is a good number."""
+    cache_gib: float = 100.0
+    """GiB of this machine's disk for shards fetched from a URL."""
     log_every: int = 10
     """Optimizer steps between log lines, the only points where the host waits for the device."""
     save_every: int = 100
@@ -117,7 +128,40 @@ def style() -> TrainConfig:
     return TrainConfig(preset="style", pairs="style", beta=500.0, timestep_low=500)
 
 
-PRESETS: dict[str, Callable[[], TrainConfig]] = {"faces": faces, "style": style}
+def sd15() -> TrainConfig:
+    """Stable Diffusion 1.5 on Pick-a-Pic v2 as in the paper: beta 5000, 2000 steps of 2048 pairs,
+    learning rate 2.05e-5. The warm-up, which the paper does not give, is that of Diffusion-DPO's
+    published launch."""
+    return TrainConfig(
+        preset="sd15",
+        deepspeed_config="configs/zero1.json",
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        pairs="yuvalkirstain/pickapic_v2",
+        beta=5000.0,
+        steps=2000,
+        learning_rate=2.05e-5,
+        warmup_steps=500,
+        gradient_checkpointing=True,
+    )
+
+
+def sdxl() -> TrainConfig:
+    """SDXL on Pick-a-Pic v2 as in the paper: as `sd15`, 1500 steps."""
+    return replace(
+        sd15(),
+        preset="sdxl",
+        deepspeed_config="configs/zero2.json",
+        model="stabilityai/stable-diffusion-xl-base-1.0",
+        steps=1500,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "faces": faces,
+    "style": style,
+    "sd15": sd15,
+    "sdxl": sdxl,
+}
 
 
 def parse_command_line(kind: type, args: Sequence[str] | None, **options: Any) -> Any:
@@ -180,6 +224,8 @@ def check(config: TrainConfig) -> None:
         ("seed", 0 <= c.seed < 2**63, "0 or more, below 2**63"),
         ("caption_dropout", 0 <= c.caption_dropout <= 1, "a probability"),
         ("timestep_low", c.timestep_low >= 0, "0 or more"),
+        ("shuffle_block", c.shuffle_block >= 0, "0 (the whole set) or a number of pairs"),
+        ("cache_gib", c.cache_gib > 0, "above 0"),
         ("log_every", c.log_every >= 1, "at least 1"),
         ("save_every", c.save_every >= 0, "0 (only at the end) or more"),
     ):

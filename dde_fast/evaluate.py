@@ -15,29 +15,25 @@ import platform
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
 import dde_fast
-from dde_fast import embedded
+from dde_fast import embedded, models
 from dde_fast.config import parse_command_line
 from dde_fast.noise import pair_noise
 from dde_fast.report import format_table, grid
 from dde_fast.rewards import REWARDS, load_reward
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 DEFAULT_REWARDS = {
     "faces": ["human_score", "prompt_match", "distinct"],
@@ -143,28 +139,19 @@ def model_folder(model: str, *, unet_allowed: bool) -> Path:
     )
 
 
-def load_pipeline(base: str, model: str, device: torch.device) -> StableDiffusionPipeline:
-    """A pipeline in float32 with a DDIM sampler.
+def load_pipeline(base: str, model: str, device: torch.device) -> DiffusionPipeline:
+    """A pipeline of Stable Diffusion or SDXL in float32 with a DDIM sampler.
 
     `model` is "embedded", a pipeline directory, a UNet directory that replaces the base's UNet, or a
     LoRA directory that is added to it.
     """
-    # imported here: it brings image processors that take seconds and warn
-    from diffusers import StableDiffusionPipeline
-
     folder = given = model_folder(model, unet_allowed=True)
-    parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    parts["torch_dtype"] = torch.float32
-    with warnings.catch_warnings():
-        # its new name, `dtype`, is unknown to the oldest diffusers that this package supports
-        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        if not (folder / "model_index.json").is_file():
-            if not (given / LORA).is_file():
-                parts["unet"] = UNet2DConditionModel.from_pretrained(
-                    given, torch_dtype=torch.float32
-                )
-            folder = model_folder(base, unet_allowed=False)
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, **parts)
+    parts: dict[str, Any] = {}
+    if not (folder / "model_index.json").is_file():
+        if not (given / LORA).is_file():
+            parts["unet"] = UNet2DConditionModel.from_pretrained(given, torch_dtype=torch.float32)
+        folder = model_folder(base, unet_allowed=False)
+    pipeline = models.load_pipeline(str(folder), **parts)
     if (given / LORA).is_file():
         pipeline.load_lora_weights(given, weight_name=LORA)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -207,7 +194,7 @@ def read_prompts(config: Evaluation) -> list[str]:
 
 @torch.no_grad()
 def sample(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     *,
     seed: int,
@@ -220,8 +207,7 @@ def sample(
 
     Image i starts from noise that depends on (seed, i) alone, not on the batch it is in.
     """
-    config = pipeline.unet.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    shape = models.latent_shape(pipeline.unet.config)
     images = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dde_fast import checkpoint, config, lora, models, schedule
-from dde_fast.cache import PairTable, load_pairs
+from dde_fast import checkpoint, embedded, lora, models, prepare, schedule
+from dde_fast.attention import use_attention
+from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
-from dde_fast.engine import say
+from dde_fast.engine import device_of_process, say
 from dde_fast.loss import PreferenceLoss
 from dde_fast.optimizers import load_optimizer
+from dde_fast.prepare import Preparation, PrepareConfig
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "shard_reference backend log_every save_every local_rank".split()
+    "attention shard_reference backend cache_gib log_every save_every local_rank".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -30,7 +32,7 @@ class Inputs:
     """Everything the user named, read and checked before anything is started."""
 
     model: str
-    table: PairTable
+    pairs: Cache | Preparation
     loss_fn: PreferenceLoss
     alphas_cumprod: Tensor
     """[T]."""
@@ -57,25 +59,17 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
             say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
         if start.step > c.steps:
             raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and not _is_free(output):
         raise ValueError(
             f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
             "holds with --resume latest, or choose another --output"
         )
 
     # The pairs
-    model, pairs = c.model, c.pairs
-    if model == "embedded" or pairs in config.PRESETS:
-        from dde_fast import embedded
-
-        model = str(embedded.model_path()) if model == "embedded" else model
-        pairs = str(embedded.pairs_path(pairs, c.split)) if pairs in config.PRESETS else pairs
-    table = load_pairs(pairs, c.split, c.limit)
-    say(f"pairs: {table}")
+    pairs = open_pairs(c, c.pairs, c.split, c.limit)
 
     # The loss and the policy
-    models.check_model(model)
-    scheduler = models.load_scheduler(model)
+    scheduler = models.load_scheduler(c.model)
     loss_fn = PreferenceLoss.from_scheduler(
         scheduler,
         c.objective,
@@ -87,20 +81,65 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     )
     loss_fn.auto_update = False  # once per optimizer step, over all micro-batches and ranks
     timesteps = loss_fn.timestep_probabilities(c.timestep_low, c.timestep_high)
-    unet = models.load_unet(model)
+    unet = models.load_unet(c.model)
+    use_attention(unet, c.attention, e.dtype, device_of_process())
 
     # What a continuation must share with its beginning
     identity = identity_of(c, e) | {
         "model": f"weights {models.fingerprint(unet)[:16]}",
-        "pairs": f"content {table.fingerprint()[:16]}",
+        "pairs": f"content {pairs.fingerprint[:16]}",
     }
     if start is not None:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
     if c.lora_rank:  # after the model's fingerprint was taken
         lora.add_adapters(unet, c)
+    say(f"pairs: {pairs}")  # reads a source's rows
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
-    return Inputs(model, table, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
+    return Inputs(c.model, pairs, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
+
+
+def open_pairs(
+    c: TrainConfig, pairs: str, split: str, limit: int, folder: str = "cache"
+) -> Cache | Preparation:
+    """A prepared cache, or the preparation of one in the run's own folder.
+
+    Args:
+        c: of the run.
+        pairs, split, limit: as in `TrainConfig`.
+        folder: in the run's, where a source that is no cache is encoded.
+
+    Raises:
+        ValueError: neither; a cache that is damaged, or made with another model's encoders.
+    """
+    if is_cache(pairs):
+        local, size = embedded.cache_folder() / "shards", int(c.cache_gib * 2**30)
+        cache = Cache(pairs, folder=local, limit=size)
+        if "://" in pairs and not c.shuffle_block and sum(cache.sizes()) > size:
+            raise ValueError(
+                f"shuffle_block: expected above 0 for a cache of {sum(cache.sizes()) / 2**30:.3g} GiB "
+                f"fetched into cache_gib = {c.cache_gib:g}: the whole of it would be fetched again "
+                f"and again, got 0; {cache.shard_size // 2} would do"
+            )
+        unet = models.load_unet_config(c.model)
+        encoders = models.Encoders.load(c.model, torch.device("cpu")).identity()
+        cache.check_fits(encoders, unet["in_channels"], unet["cross_attention_dim"])
+        return cache
+    options = PrepareConfig(
+        output=str(Path(c.output) / folder),
+        model=c.model,
+        pairs=pairs,
+        split=split,
+        limit=limit,
+        # the demonstration is small, and exact
+        dtype="float32" if pairs in embedded.SETS else "float16",
+    )
+    return prepare.start(options, device_of_process())
+
+
+def _is_free(output: Path) -> bool:
+    """Whether nothing is there but what a killed run had begun to encode."""
+    return output.is_dir() and all(path.name.startswith("cache") for path in output.iterdir())
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if not __package__:  # run by path: this folder would shadow other modules named
     _parent = os.path.dirname(_folder)
     sys.path[:] = [_parent if os.path.abspath(path) == _folder else path for path in sys.path]
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import diffusers
@@ -29,7 +29,8 @@ import torch.distributed as dist
 import transformers
 
 from dde_fast import checkpoint, config, ema, export, lora, models
-from dde_fast.cache import PairStream, encode_pairs
+from dde_fast.attention import use_attention
+from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import (
@@ -45,14 +46,18 @@ from dde_fast.engine import (
 )
 from dde_fast.forward import PairForward
 from dde_fast.inputs import Inputs, describe, read_inputs
+from dde_fast.loader import Loader, PairStream
 from dde_fast.metrics import Meter, RunLog
+from dde_fast.prepare import Preparation
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train as a command line says. What is wrong with it ends in one line and exit code 2."""
     launch_environment()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # else it reports casts that change nothing
     with one_line_errors():
         settings = config.parse(args)
         engine_config = read_engine_config(settings, int(os.environ["WORLD_SIZE"]))
@@ -65,6 +70,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     device = start_process()
     with one_line_errors():
         check_json(e)
+        cache = prepared(inputs.pairs)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     output, saved = Path(c.output), None
 
@@ -81,12 +87,20 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     settings = describe(c, e)
     log = RunLog(output, settings, steps=c.steps, start=start, batch=e.batch)
     meter, stop = Meter(device), StopSignal()
+    batches = Loader(
+        cache,
+        PairStream(cache.pair_ids, c.seed, c.shuffle_block),
+        slices(e, range(start, c.steps), rank, world_size),
+        seed=c.seed,
+        caption_dropout=c.caption_dropout,
+        device=device,
+        backend=c.backend,
+    )
 
     # The loop
     for step in range(start, c.steps):
         for micro in range(e.accumulation):
-            first = step * e.batch + (micro * world_size + rank) * e.micro_batch
-            out = forward(first, first + e.micro_batch)
+            out = forward(next(batches))
             engine.backward(out.loss)
             meter.add({"loss": out.loss.detach(), **out.metrics()})
             if micro < e.accumulation - 1:
@@ -120,6 +134,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     # The result: weights that diffusers loads, in exact float32
     stop.restore()
     log.close()
+    batches.close()
     if done < c.steps:
         say(f"stopped by a signal and saved {saved}; continue with --resume latest")
     else:
@@ -128,15 +143,30 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     dist.barrier()
 
 
+def prepared(pairs: Cache | Preparation) -> Cache:
+    """The cache, encoded now unless it is there; all ranks must call, and share the work."""
+    if isinstance(pairs, Cache):
+        return pairs
+    if pairs.manifest() is None:
+        pairs.encode(dist.get_rank(), dist.get_world_size())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            say(f"cache: {pairs.finish()}")
+        dist.barrier()
+    pairs.encoders = None  # they have done their work
+    return Cache(pairs.folder)
+
+
+def slices(e: EngineConfig, steps: range, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) in the stream of each micro-batch of a rank."""
+    for step in steps:
+        for micro in range(e.accumulation):
+            first = step * e.batch + (micro * world_size + rank) * e.micro_batch
+            yield first, first + e.micro_batch
+
+
 def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device) -> PairForward:
     """Everything that an optimizer step needs, on the device."""
-    # Every image and caption is encoded once; the encoders are freed again
-    encoders = models.Encoders.load(inputs.model, device)
-    latent_size = inputs.unet.config.sample_size
-    data = encode_pairs(inputs.table, encoders, latent_size=latent_size)
-    inputs.table.pairs.clear()
-    del encoders
-
     engine = start_engine(c, e, inputs.unet)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
@@ -144,9 +174,10 @@ def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device)
         reference = lora.AdaptersOff(engine)
     elif loss_fn.objective.needs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
+        use_attention(reference, c.attention, e.dtype, device)
         if c.shard_reference:
             reference = start_sharded_reference(e, reference)
-    return PairForward(c, e, inputs, PairStream(data, c.seed), engine, reference, loss_fn)
+    return PairForward(c, e, inputs, engine, reference, loss_fn)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
-from dde_fast import cache, images, noise
+from dde_fast import images, loader, noise
 from dde_fast.images import Geometry, Unusable, decode, fit, geometries
 
 CENTRE = Geometry(0.5, 0.5, False)
@@ -186,7 +186,7 @@ def test_geometries_of_many_pairs_are_uniform_and_independent():
 
 
 def test_choices_are_not_those_of_timestep_dropout_and_order():
-    taken = {noise.TIMESTEP, noise.CAPTION_DROPOUT, cache.SHUFFLE}
+    taken = {noise.TIMESTEP, noise.CAPTION_DROPOUT, loader.SHUFFLE}
     assert len(taken | {images.CROP_Y, images.CROP_X, images.FLIP}) == 6
 
 

@@ -40,7 +40,8 @@ def folder(tmp_path_factory) -> Folder:
 @pytest.fixture(scope="module")
 def alone(folder) -> Folder:
     """Everything that one rank can be asked to do."""
-    v_model = tiny.make_model(folder.path / "v_model", "v_prediction")
+    v_model = tiny.make_v_model(folder.path / "v_model", rescale_betas_zero_snr=True)
+    xl_model = tiny.make_sdxl_model(folder.path / "xl_model")
     x_model = tiny.make_model(folder.path / "x_model", "sample")
     adamw = {
         "type": "AdamW",
@@ -51,12 +52,22 @@ def alone(folder) -> Folder:
         {"args": folder.args("plain"), "plain": True},
         {"args": folder.args("plain_v", model=v_model), "plain": True},
         {"args": folder.args("plain_x", model=x_model), "plain": True},
+        {"args": folder.args("plain_xl", model=xl_model), "plain": True},
         {"args": folder.args("v", model=v_model)},
         {"args": folder.args("x", model=x_model)},
+        {"args": [*folder.args("xl", ds=stage(2), model=xl_model), "--gradient_checkpointing"]},
         {"args": [*folder.args("checkpointing", ds=stage(1)), "--gradient_checkpointing"]},
         {"args": folder.args("split", ds=stage(1, **HALF, gradient_accumulation_steps=2))},
         {"args": folder.args("json", ds=stage(1, optimizer=adamw))},
         {"args": folder.args("syncs", log_every=3), "count_syncs": str(folder.path / "syncs.json")},
+    ]
+    # a cache instead of what it was made from, taken up in the middle; then the same behind a URL
+    cache = folder.path / "prepared/cache"
+    jobs += [
+        {"args": folder.args("prepared", ds=stage(1), steps=4, save_every=2)},
+        {"args": folder.args("prepared", ds=stage(1), pairs=cache, resume="latest")},
+        {"args": folder.args("streamed", ds=stage(1), pairs=cache.as_uri())},
+        {"args": folder.args("blocks", ds=stage(1), pairs=cache, shuffle_block=2)},
     ]
     for name in OBJECTIVES:
         jobs.append({"args": folder.args(name, objective=name, steps=OBJECTIVE_STEPS)})
@@ -95,10 +106,25 @@ def test_every_zero_stage_is_the_plain_loop(alone, name):
     torch.testing.assert_close(alone.ratios(name), alone.ratios("plain"), rtol=1e-4, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["v", "x"])
-def test_other_prediction_types_are_the_plain_loop(alone, name):
+@pytest.mark.parametrize("name", ["v", "x", "xl"])
+def test_other_models_are_the_plain_loop(alone, name):
+    """SD 2.1 with v-prediction, `sample` prediction, SDXL."""
     assert (alone.losses(name) - alone.losses(f"plain_{name}")).abs().max() < 1e-6
-    assert alone.distance(name, f"plain_{name}") < 5e-4
+    assert alone.distance(name, f"plain_{name}", f"{name}_model") < 5e-4
+
+
+@pytest.mark.parametrize("name", ["v", "xl"])
+def test_their_pipelines_take_the_trained_unet(alone, name):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(alone.path / name / "unet")
+    model = alone.path / f"{name}_model"
+    images = []
+    for parts in ({}, {"unet": unet}):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **parts)
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+        latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        images.append(pipeline("happy", num_inference_steps=2, latents=latents, output_type="np"))
+    before, after = (torch.from_numpy(out.images) for out in images)
+    assert before.shape == (1, 8, 8, 3) and not torch.equal(before, after)
 
 
 def test_training_moves_the_loss(alone):
@@ -116,6 +142,17 @@ def test_accumulation_is_a_larger_batch(alone):
     assert (alone.losses("split") - alone.losses("zero1")).abs().max() < 1e-6
     assert alone.distance("split", "zero1") < 5e-4
     torch.testing.assert_close(alone.ratios("split"), alone.ratios("zero1"), rtol=1e-4, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["prepared", "streamed"])
+def test_a_prepared_cache_is_its_source(alone, name):
+    assert torch.equal(alone.losses(name), alone.losses("zero1"))
+    assert alone.distance(name, "zero1") == 0
+    assert (alone.path / name / "cache").exists() == (name == "prepared")
+
+
+def test_blocks_are_another_order_of_the_same_pairs(alone):
+    assert not torch.equal(alone.losses("blocks"), alone.losses("zero1"))
 
 
 def test_an_optimizer_of_the_json_is_filled_in(alone):

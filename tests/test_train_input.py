@@ -1,16 +1,20 @@
 """The trainer and bad input: one clear line, exit code 2, nothing lost."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import caches
 import diffusers
 import pytest
 import tiny
+import torch
 from train_runs import ROOT, Folder, environment, fails, free_port, stage
 
 from dde_fast import checkpoint, train
+from dde_fast.models import Encoders
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,51 @@ def test_broken_files_are_one_line_and_exit_2(folder, capfd):
     assert "without ['jpg_1']" in fails([*folder.args("bad"), "--pairs", str(missing)], capfd)
     ties = tiny.write_pairs(folder.path / "ties.parquet", all_ties(tiny.rows()))
     assert "12 tied" in fails([*folder.args("bad"), "--pairs", str(ties)], capfd)
+
+
+@pytest.fixture(scope="module")
+def cache(folder) -> Path:
+    encoders = Encoders.load(str(folder.model), torch.device("cpu"))
+    return caches.prepare(encoders, folder.pairs, folder.path / "cache")
+
+
+def test_a_cache_is_for_the_model_that_made_it(folder, cache, capfd):
+    other = tiny.make_model(folder.path / "other_model", seed=1)
+    assert "pairs: expected a cache made with the model's own" in fails(
+        folder.args("bad", pairs=cache, model=other), capfd
+    )
+
+
+def test_a_damaged_cache_is_one_line_and_exit_2(folder, cache, tmp_path, capfd):
+    damaged = shutil.copytree(cache, tmp_path / "cache")
+    (damaged / "images-00000.safetensors").unlink()
+    assert "cache: expected images-00000.safetensors of" in fails(
+        folder.args("bad", pairs=damaged), capfd
+    )
+    (damaged / "manifest.json").write_text("{")
+    assert "cache: expected a manifest in" in fails(folder.args("bad", pairs=damaged), capfd)
+
+
+def test_a_cache_from_afar_needs_room_or_blocks(folder, cache, capfd, monkeypatch):
+    monkeypatch.setenv("DDE_FAST_CACHE", str(folder.path / "fetched"))
+    url, most = cache.as_uri(), max(path.stat().st_size for path in cache.iterdir())
+    flags = {"pairs": url, "cache_gib": most / 2**30}
+    assert "shuffle_block: expected above 0 for a cache of" in fails(
+        folder.args("bad", **flags), capfd
+    )
+    flags["cache_gib"] /= 2
+    assert "cache_gib: expected at least" in fails(folder.args("bad", **flags), capfd)
+
+
+def test_what_a_run_began_to_encode_is_no_run(folder, tmp_path, capfd):
+    """Killed before its first step, a run is started again by the same command."""
+    (tmp_path / "run/cache").mkdir(parents=True)
+    stop = "--objective", "ppo"
+    assert "objective" in fails([*folder.args("again", tmp_path / "run"), *stop], capfd)
+    args = folder.args("again", tmp_path / "run", pairs="nowhere.parquet")
+    assert "pairs: expected" in fails(args, capfd)  # and not: output
+    (tmp_path / "run/metrics.jsonl").touch()
+    assert "output: expected a new or empty directory" in fails(args, capfd)
 
 
 def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):

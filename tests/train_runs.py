@@ -70,6 +70,7 @@ class Folder:
         for rank in range(ranks):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            variables |= {"DDE_FAST_CACHE": str(self.path / "fetched")}
             log = open(self.path / f"{name}.{rank}.log", "w+")
             command = [sys.executable, str(ROOT / "tests/train_worker.py"), str(path)]
             process = subprocess.Popen(
@@ -101,9 +102,9 @@ class Folder:
         path = path if path.exists() else self.path / name / "ratios.safetensors"
         return load_file(path)["ratios"]
 
-    def distance(self, a: str, b: str) -> float:
+    def distance(self, a: str, b: str, model: str = "model") -> float:
         """Largest difference of two trained UNets, relative to what training changed."""
-        start = load_file(self.model / "unet/diffusion_pytorch_model.safetensors")
+        start = load_file(self.path / model / "unet/diffusion_pytorch_model.safetensors")
         a, b = self.unet(a), self.unet(b)
         assert a.keys() == b.keys() == start.keys()
         moved = max((a[key] - start[key]).abs().max() for key in a)
