@@ -76,6 +76,8 @@ BAD = {
         "got 'nowhere.parquet', where there is nothing",
     ),
     "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
+    "no such file": (["--model", "away.safetensors"], "model: expected a .safetensors file"),
+    "no such attention": (["--attention", "paged"], "attention: expected one of"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
     "nothing to resume": (["--resume", "latest"], "resume: expected a complete checkpoint"),
     "no such checkpoint": (["--resume", "away/step-00000001"], "resume: expected a complete"),
