@@ -138,8 +138,10 @@ def model_folder(model: str, *, unet_allowed: bool) -> Path:
     )
 
 
-def load_pipeline(base: str, model: str, device: torch.device) -> StableDiffusionPipeline:
-    """A pipeline in float32 with a DDIM sampler.
+def load_pipeline(
+    base: str, model: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """A pipeline with a DDIM sampler.
 
     `model` is "embedded", a pipeline directory, or a UNet directory that replaces the base's UNet.
     """
@@ -148,12 +150,12 @@ def load_pipeline(base: str, model: str, device: torch.device) -> StableDiffusio
 
     folder = model_folder(model, unet_allowed=True)
     parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    parts["torch_dtype"] = torch.float32
+    parts["torch_dtype"] = dtype
     with warnings.catch_warnings():
         # its new name, `dtype`, is unknown to the oldest diffusers that this package supports
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         if not (folder / "model_index.json").is_file():
-            parts["unet"] = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+            parts["unet"] = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype)
             folder = model_folder(base, unet_allowed=False)
         pipeline = StableDiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -176,22 +178,26 @@ def model_hash(base: str, model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_prompts(config: Evaluation) -> list[str]:
-    """One prompt per sample: the set's or the file's, over and over."""
-    if config.prompts in embedded.SETS:
-        known = embedded.prompts(config.prompts)
+def read_prompts(prompts: str, samples: int, argument: str = "prompts") -> list[str]:
+    """One prompt per sample: the set's or the file's, over and over.
+
+    Raises:
+        ValueError: no such file, or an empty one; the message begins with `argument`.
+    """
+    if prompts in embedded.SETS:
+        known = embedded.prompts(prompts)
     else:
         try:
-            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             sets = ", ".join(embedded.SETS)
             raise ValueError(
-                f"prompts: expected {sets} or a text file, got {config.prompts!r} ({error})"
+                f"{argument}: expected {sets} or a text file, got {prompts!r} ({error})"
             ) from None
         known = [line.strip() for line in lines if line.strip()]
         if not known:
-            raise ValueError(f"prompts: {config.prompts!r} holds no prompt")
-    return [known[i % len(known)] for i in range(config.samples)]
+            raise ValueError(f"{argument}: {prompts!r} holds no prompt")
+    return [known[i % len(known)] for i in range(samples)]
 
 
 @torch.no_grad()
@@ -203,18 +209,21 @@ def sample(
     steps: int,
     guidance: float,
     batch: int,
+    indices: Sequence[int] | None = None,
     progress: tqdm | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] on the CPU, one per prompt.
 
-    Image i starts from noise that depends on (seed, i) alone, not on the batch it is in.
+    Image i starts from noise that depends on (seed, i) alone, not on the batch it is in. `indices`
+    are the images' i, 0 … N-1 by default.
     """
+    numbers = torch.tensor(range(len(prompts)) if indices is None else indices)
     config = pipeline.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     images = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
-        ids = torch.arange(start, start + len(chunk), dtype=torch.int64)
+        ids = numbers[start : start + batch]
         latents = pair_noise(shape, seed=seed, pair_ids=ids, draw=0)
         out = pipeline(
             chunk,
@@ -318,7 +327,7 @@ def evaluate(config: Evaluation) -> dict[str, Any]:
     """Run the evaluation: writes evaluation.json and grid.png into `output`, returns the JSON's
     content."""
     check(config)
-    prompts = read_prompts(config)
+    prompts = read_prompts(config.prompts, config.samples)
     rewards = config.rewards or DEFAULT_REWARDS[config.prompts]
     blank = torch.ones(1, 3, 32, 32)
     for name in rewards:  # a missing package or an unknown prompt shows now, not after the sampling

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dde_fast import checkpoint, config, models, schedule
+from dde_fast import checkpoint, embedded, models, schedule
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.engine import say
+from dde_fast.evaluate import read_prompts
 from dde_fast.loss import PreferenceLoss
+from dde_fast.metrics import check_wandb
 from dde_fast.pairs import PairTable, load_pairs
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend log_every save_every local_rank".split()
+    "backend log_every save_every local_rank validation_pairs validation_split validation_limit "
+    "validation_draws validation_every grid_every grid_prompts grid_images grid_steps grid_guidance "
+    "wandb_project peak_tflops".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -30,6 +34,10 @@ class Inputs:
 
     model: str
     table: PairTable
+    validation: PairTable | None
+    """Held-out pairs."""
+    grid_prompts: list[str]
+    """One per image of a grid; none where none is wanted."""
     loss_fn: PreferenceLoss
     alphas_cumprod: Tensor
     """[T]."""
@@ -61,14 +69,19 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         )
 
     # The pairs
-    model, pairs = c.model, c.pairs
-    if model == "embedded" or pairs in config.PRESETS:
-        from dde_fast import embedded
-
-        model = str(embedded.model_path()) if model == "embedded" else model
-        pairs = str(embedded.pairs_path(pairs, c.split)) if pairs in config.PRESETS else pairs
-    table = load_pairs(pairs, c.split, c.limit)
+    model = str(embedded.model_path()) if c.model == "embedded" else c.model
+    table = read_pairs(c.pairs, c.split, c.limit)
     say(f"pairs: {table}")
+
+    # What shows how it goes
+    check_wandb(c.wandb_project)
+    validation, grid_prompts = None, []
+    if c.validation_pairs:
+        validation = read_pairs(c.validation_pairs, c.validation_split, c.validation_limit)
+        say(f"validation_pairs: {validation}")
+    if c.grid_every:
+        prompts = c.grid_prompts or (c.pairs if c.pairs in embedded.SETS else "")
+        grid_prompts = read_prompts(prompts, c.grid_images, "grid_prompts")
 
     # The loss and the policy
     models.check_model(model)
@@ -95,7 +108,25 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
-    return Inputs(model, table, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
+    return Inputs(
+        model,
+        table,
+        validation,
+        grid_prompts,
+        loss_fn,
+        alphas_cumprod,
+        timesteps,
+        unet,
+        identity,
+        start,
+    )
+
+
+def read_pairs(source: str, split: str, limit: int) -> PairTable:
+    """The pairs of an embedded set, a file or a folder."""
+    if source in embedded.SETS:
+        source = str(embedded.pairs_path(source, split))
+    return load_pairs(source, split, limit)
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

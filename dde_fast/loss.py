@@ -39,6 +39,25 @@ class PreferenceOutput:
     """[2B], or None for an objective without a reference."""
     margin: Tensor
     """[B], m_t."""
+    timesteps: Tensor
+    """int64 [B], t of each pair."""
+
+    def per_pair(self) -> dict[str, Tensor]:
+        """Detached [B] each: what `metrics` is the mean of."""
+        win, lose = self.policy_error.detach().chunk(2)
+        metrics = {"policy_win_error": win, "policy_lose_error": lose}
+        if self.reference_error is None:
+            return metrics
+        logits = self.logits.detach()
+        win, lose = self.reference_error.chunk(2)
+        return {
+            "implicit_accuracy": 0.5 + 0.5 * logits.sign(),
+            "logit": logits,
+            "margin": self.margin,
+            **metrics,
+            "reference_win_error": win,
+            "reference_lose_error": lose,
+        }
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-dim tensors on the device; reading one is what synchronises.
@@ -46,20 +65,7 @@ class PreferenceOutput:
         `implicit_accuracy` is the share of pairs with logit > 0, a tie counting ½. Without a
         reference only the policy's errors are there.
         """
-        win, lose = self.policy_error.detach().chunk(2)
-        metrics = {"policy_win_error": win.mean(), "policy_lose_error": lose.mean()}
-        if self.reference_error is None:
-            return metrics
-        logits = self.logits.detach()
-        win, lose = self.reference_error.chunk(2)
-        return {
-            "implicit_accuracy": (0.5 + 0.5 * logits.sign()).mean(),
-            "logit": logits.mean(),
-            "margin": self.margin.mean(),
-            **metrics,
-            "reference_win_error": win.mean(),
-            "reference_lose_error": lose.mean(),
-        }
+        return {name: values.mean() for name, values in self.per_pair().items()}
 
 
 class PreferenceLoss(nn.Module):
@@ -180,6 +186,7 @@ class PreferenceLoss(nn.Module):
         elif reference is None:
             raise ValueError(f"reference: objective {self.objective.name!r} needs it, got None")
         _check_inputs(policy, reference, target, timesteps, self.weights)
+        timesteps = timesteps.long()
         backend = backends.resolve_backend(self.backend, policy.device)
         with_gradient = ops.gradient_with_forward(backend, policy)
         op = ops.preference_loss_with_gradient if with_gradient else ops.preference_loss
@@ -187,7 +194,7 @@ class PreferenceLoss(nn.Module):
             policy,
             reference,
             target,
-            timesteps.long(),
+            timesteps,
             self.weights,
             self.margins,
             self.beta,
@@ -203,13 +210,14 @@ class PreferenceLoss(nn.Module):
                 self.ratio_sums,
                 policy_error.detach(),
                 reference_error,
-                timesteps.long(),
+                timesteps,
                 self.observation_scale,
                 backend,
             )
             if self.auto_update:
                 self.update_ratios()
-        return PreferenceOutput(loss, logits, policy_error, reference_error, margin)
+        timesteps = timesteps[: len(logits)]
+        return PreferenceOutput(loss, logits, policy_error, reference_error, margin, timesteps)
 
     @torch.no_grad()
     def update_ratios(self, group=None) -> None:

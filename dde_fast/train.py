@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dde_fast import checkpoint, config, models
+from dde_fast import checkpoint, config, flops, models
 from dde_fast.cache import PairStream, encode_pairs
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
@@ -43,14 +43,17 @@ from dde_fast.engine import (
     start_process,
 )
 from dde_fast.forward import PairForward
+from dde_fast.grids import Grids
 from dde_fast.inputs import Inputs, describe, read_inputs
 from dde_fast.metrics import Meter, RunLog
+from dde_fast.validation import Validation
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train as a command line says. What is wrong with it ends in one line and exit code 2."""
     launch_environment()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     diffusers.utils.logging.disable_progress_bar()
     with one_line_errors():
         settings = config.parse(args)
@@ -68,15 +71,27 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     output, saved = Path(c.output), None
 
     # Policy, frozen reference and loss; a continuation takes its state from the checkpoint
-    forward = build(c, e, inputs, device)
+    grids = None
+    if inputs.grid_prompts:  # the base is sampled before the policy takes its memory
+        options = {"seed": c.seed, "steps": c.grid_steps, "guidance": c.grid_guidance}
+        grids = Grids(inputs.model, inputs.grid_prompts, **options, dtype=e.dtype, device=device)
+    forward, validation, pairs_at_peak = build(c, e, inputs, device)
     engine, loss_fn = forward.engine, forward.loss_fn
     if inputs.start is not None:
         checkpoint.load(engine, loss_fn, inputs.start)
         saved = inputs.start.path
     done = start = inputs.start.step if inputs.start else 0
     settings = describe(c, e)
-    log = RunLog(output, settings, steps=c.steps, start=start, batch=e.batch)
-    meter, stop = Meter(device), StopSignal()
+    log = RunLog(
+        output,
+        settings,
+        steps=c.steps,
+        start=start,
+        batch=e.batch,
+        pairs_at_peak=pairs_at_peak,
+        wandb_project=c.wandb_project,
+    )
+    meter, stop = Meter(device, len(inputs.alphas_cumprod)), StopSignal()
 
     # The loop
     for step in range(start, c.steps):
@@ -84,7 +99,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             first = step * e.batch + (micro * world_size + rank) * e.micro_batch
             out = forward(first, first + e.micro_batch)
             engine.backward(out.loss)
-            meter.add({"loss": out.loss.detach(), **out.metrics()})
+            meter.observe(out)
             if micro < e.accumulation - 1:
                 engine.step()  # counts the micro-batch only
         learning_rate, norm = engine.get_lr()[0], gradient_norm_without_zero(engine)
@@ -98,8 +113,13 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         done = step + 1
         last = stop.agreed() or done == c.steps
         saving = last or (c.save_every > 0 and done % c.save_every == 0)
-        if saving or done % c.log_every == 0:
-            log.write(done, meter.read(), learning_rate)
+        validating = validation is not None and due(c.validation_every, done, c.steps)
+        if saving or validating or done % c.log_every == 0:
+            metrics = meter.read()
+            if validating:
+                with log.aside():
+                    metrics["validation"] = validation()
+            log.write(done, metrics, learning_rate)
         log.advance()
         if saving:
             saved = checkpoint.save(
@@ -110,6 +130,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
                 position=done * e.batch,
                 identity=inputs.identity,
             )
+        if grids is not None and due(c.grid_every, done, c.steps):
+            with log.aside():
+                log.picture(done, "grids", grids(engine, f"step {done}"))
         if last:
             break
 
@@ -124,21 +147,51 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     dist.barrier()
 
 
-def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device) -> PairForward:
-    """Everything that an optimizer step needs, on the device."""
+def due(every: int, done: int, steps: int) -> bool:
+    """Whether what is done every so many steps, and at the end, is to be done now."""
+    return done % every == 0 or done == steps
+
+
+def build(
+    c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device
+) -> tuple[PairForward, Validation | None, float | None]:
+    """Everything that an optimizer step needs, on the device; what looks at held-out pairs; and
+    the pairs per second at which the devices' arithmetic would be used in full."""
     # Every image and caption is encoded once; the encoders are freed again
     encoders = models.Encoders.load(inputs.model, device)
-    latent_size = inputs.unet.config.sample_size
-    data = encode_pairs(inputs.table.pairs, encoders, latent_size=latent_size)
-    inputs.table.pairs.clear()
+    tables = [inputs.table] + [inputs.validation] * (inputs.validation is not None)
+    encoded = []
+    for table in tables:
+        latent_size = inputs.unet.config.sample_size
+        encoded.append(encode_pairs(table.pairs, encoders, latent_size=latent_size))
+        table.pairs.clear()
+    data, *held_out = encoded
     del encoders
+
+    needs_reference = inputs.loss_fn.objective.needs_reference
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    pairs_at_peak, peak = None, c.peak_tflops or flops.peak_tflops(name, e.dtype)
+    if peak:
+        pairs_at_peak = (
+            1e12
+            * peak
+            * dist.get_world_size()
+            / flops.flops_per_pair(
+                inputs.unet,
+                latent=data.latents.shape[1:],
+                embedding=data.embeddings.shape[1:],
+                reference=needs_reference,
+            )
+        )
 
     engine = start_engine(c, e, inputs.unet)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
-    if loss_fn.objective.needs_reference:
+    if needs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
-    return PairForward(c, e, inputs, PairStream(data, c.seed), engine, reference, loss_fn)
+    forward = PairForward(c, e, inputs, PairStream(data, c.seed), engine, reference, loss_fn)
+    validation = [Validation(pairs, forward, c, e, inputs) for pairs in held_out]
+    return forward, validation[0] if validation else None, pairs_at_peak
 
 
 if __name__ == "__main__":

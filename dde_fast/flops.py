@@ -1,0 +1,72 @@
+"""How much of the devices' arithmetic a run uses: counted operations over a known peak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A40": 150.0,
+    "RTX A6000": 155.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+    "MI300X": 1307.0,
+}
+"""Part of a device's name -> dense 16-bit matrix arithmetic with float32 sums, from the vendors'
+data sheets. The first that fits counts."""
+
+
+def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
+    """What a device could do in that dtype, 10¹² operations per second; None where not known."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def flops_per_pair(
+    unet: torch.nn.Module,
+    *,
+    latent: Sequence[int],
+    embedding: Sequence[int],
+    pooled: int | None = None,
+    reference: bool = True,
+) -> int:
+    """Operations of training on one pair, counted on the meta device: nothing is computed.
+
+    Policy forward and backward for winner and loser, and the reference's forward. What gradient
+    checkpointing computes twice counts once, as usual for MFU.
+
+    Args:
+        unet: the policy, before DeepSpeed splits it; frozen parameters cost no gradient.
+        latent: (C, H, W).
+        embedding: (L, D).
+        pooled: size of the pooled embedding of a model that takes one (SDXL).
+        reference: whether a reference of the policy's size is run as well.
+    """
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    state = {name: empty(*buffer.shape) for name, buffer in unet.named_buffers()}
+    for name, parameter in unet.named_parameters():
+        state[name] = empty(*parameter.shape).requires_grad_(parameter.requires_grad)
+    options: dict = {"return_dict": False}
+    if pooled is not None:
+        added = {"text_embeds": empty(2, pooled), "time_ids": empty(2, 6)}
+        options["added_cond_kwargs"] = added
+    inputs = (empty(2, *latent), empty(2, dtype=torch.int64), empty(2, *embedding))
+    with FlopCounterMode(display=False) as counter:
+        prediction = torch.func.functional_call(unet, state, inputs, options)[0]
+        forward = counter.get_total_flops()
+        prediction.sum().backward()
+        return counter.get_total_flops() + reference * forward
