@@ -53,6 +53,7 @@ class PreferenceOutput:
         return {
             "implicit_accuracy": 0.5 + 0.5 * logits.sign(),
             "logit": logits,
+            "logit_size": logits.abs(),
             "margin": self.margin,
             **metrics,
             "reference_win_error": win,

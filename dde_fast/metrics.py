@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ OF_THE_MACHINE = frozenset({"pairs_per_second", "mfu", "data_wait", "memory_gib"
 
 
 class Meter:
-    """Sums of metrics on the device; only `read` makes the host wait.
+    """Means of metrics, summed on the device; only `read` makes the host wait.
+
+    A value that is not finite is left out, else it would hide the others.
 
     Args:
         device: where the metrics are.
@@ -43,67 +45,70 @@ class Meter:
         self.device, self.length = device, length
         lows = [-(-length * i // BINS) for i in range(BINS + 1)]  # the first t of each part
         width = len(str(length - 1))
-        pairs = zip(lows, lows[1:], strict=False)
-        self.labels = [f"{low:0{width}}-{high - 1:0{width}}" for low, high in pairs]
+        self.labels = [f"{lows[i]:0{width}}-{lows[i + 1] - 1:0{width}}" for i in range(BINS)]
         self.parts = torch.arange(BINS, device=device)
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was added."""
-        self.sums: dict[str, Tensor] = {}
-        self.weights: dict[str, float] = {}
-        self.names: list[str] = []
-        self.bins: Tensor | None = None  # [names + 1, BINS], the last row counts the pairs
+        self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> [2, names]: sums, weights
+        self.bins: dict[tuple[str, ...], Tensor] = {}  # names -> [2, names, BINS]
 
     def add(self, metrics: dict[str, Tensor | float], weight: float = 1.0) -> None:
         """Add one observation of each."""
-        for name, value in metrics.items():
-            value = weight * torch.as_tensor(value, dtype=torch.float32, device=self.device)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+        values = torch.stack([self._tensor(value) for value in metrics.values()])
+        self._accumulate(self.sums, metrics, weight * _finite(values))
 
     def observe(self, out: PreferenceOutput, weight: float = 1.0) -> None:
         """Add the loss and the metrics of every pair, each in its part of the schedule."""
         self.add({"loss": out.loss.detach()}, weight * len(out.timesteps))
         metrics = out.per_pair()
-        self.names = list(metrics)
-        rows = torch.stack([*metrics.values(), torch.ones_like(out.timesteps)]).float()  # [·, B]
+        seen = weight * _finite(torch.stack(list(metrics.values())).float())  # [2, names, B]
         inside = (out.timesteps * BINS // self.length)[:, None] == self.parts  # [B, BINS]
         # no index_add: on a GPU it adds in an order of its own, and a rerun would differ
-        sums = torch.where(inside, weight * rows[:, :, None], 0.0).sum(1)
-        self.bins = sums if self.bins is None else self.bins + sums
+        self._accumulate(self.bins, metrics, torch.where(inside, seen[..., None], 0.0).sum(2))
 
     def read(self) -> dict[str, Any]:
         """Means since the last reading, over the pairs of all ranks.
 
         Returns:
-            name -> mean, and under "by_timestep" name -> part of the schedule -> mean, with the
-            number of "pairs" behind it; parts without pairs are left out.
+            name -> mean (nan where no value was finite), and under "by_timestep" name -> part of
+            the schedule -> mean, with the number of "pairs" behind it; parts without are left out.
         """
-        weights = torch.tensor(list(self.weights.values()), device=self.device)
-        bins = self.bins.flatten() if self.bins is not None else weights.new_zeros(0)
-        everything = torch.cat([torch.stack(list(self.sums.values())), weights, bins])
+        flat = [part.flatten(1) for sums in (self.sums, self.bins) for part in sums.values()]
+        everything = torch.cat(flat, dim=1)
         dist.all_reduce(everything)
-        values, count = everything.tolist(), len(self.sums)
-        means = {
-            name: total / weight
-            for name, total, weight in zip(
-                self.sums, values[:count], values[count : 2 * count], strict=True
-            )
+        totals, weights = np.array(everything.tolist())
+        means = _means((name for names in self.sums for name in names), totals, weights)
+        names = [name for names in self.bins for name in names]
+        self.sums, self.bins = {}, {}
+        if not names:
+            return means
+        totals, weights = (x[len(means) :].reshape(-1, BINS) for x in (totals, weights))
+        means |= _means(names, totals.sum(1), weights.sum(1))
+        means["by_timestep"] = {
+            "pairs": {self.labels[i]: int(n) for i, n in enumerate(weights[0]) if n}
+        } | {
+            name: _means((self.labels[i] for i in n.nonzero()[0]), total[n > 0], n[n > 0])
+            for name, total, n in zip(names, totals, weights, strict=True)
         }
-        if self.bins is not None:
-            rows = np.reshape(values[2 * count :], (-1, BINS))
-            *sums, pairs = rows.tolist()
-            there = [i for i in range(BINS) if pairs[i]]
-            means |= {
-                name: sum(row) / sum(pairs) for name, row in zip(self.names, sums, strict=True)
-            }
-            means["by_timestep"] = {"pairs": {self.labels[i]: int(pairs[i]) for i in there}} | {
-                name: {self.labels[i]: row[i] / pairs[i] for i in there}
-                for name, row in zip(self.names, sums, strict=True)
-            }
-        self.clear()
         return means
+
+    def _accumulate(self, sums: dict, metrics: dict, seen: Tensor) -> None:
+        names = tuple(metrics)
+        sums[names] = sums[names] + seen if names in sums else seen
+
+    def _tensor(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.float32)
+        return torch.full((), value, dtype=torch.float32, device=self.device)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """[2, …]: the values with zeros for what is not finite, and ones with zeros there."""
+    finite = values.isfinite()
+    return torch.stack([values.where(finite, 0.0), finite.float()])
+
+
+def _means(names: Iterable[str], totals: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    with np.errstate(invalid="ignore"):  # nothing over nothing is nan
+        return dict(zip(names, (totals / weights).tolist(), strict=False))
 
 
 def tags(record: dict[str, Any], group: str = "") -> dict[str, float]:
