@@ -77,7 +77,10 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     check_wandb(c.wandb_project)
     validation, grid_prompts = None, []
     if c.validation_pairs:
-        validation = read_pairs(c.validation_pairs, c.validation_split, c.validation_limit)
+        try:
+            validation = read_pairs(c.validation_pairs, c.validation_split, c.validation_limit)
+        except ValueError as error:  # it begins with pairs or split
+            raise ValueError(f"validation_{error}") from None
         say(f"validation_pairs: {validation}")
     if c.grid_every:
         prompts = c.grid_prompts or (c.pairs if c.pairs in embedded.SETS else "")

@@ -241,15 +241,14 @@ def check_wandb(project: str) -> None:
     """Refuse to log to Weights & Biases without its package.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: it cannot be imported.
     """
     try:
         if project:
             import wandb  # noqa: F401
-    except ImportError:
+    except ImportError as error:
         raise ValueError(
-            f"wandb_project: expected the package wandb (pip install wandb) for {project!r}, got "
-            "none installed"
+            f"wandb_project: expected the package wandb (pip install wandb), got {error}"
         ) from None
 
 

@@ -70,6 +70,18 @@ BAD = {
     "no such pairs": (["--pairs", "nowhere.parquet"], "pairs: expected a parquet file or a folder"),
     "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
+    "no such held-out pairs": (
+        ["--validation_pairs", "away.parquet"],
+        "validation_pairs: expected",
+    ),
+    "held-out pairs never": (["--validation_every", "0"], "validation_every: expected at least 1"),
+    "grids of nothing": (
+        ["--grid_every", "2"],
+        "grid_prompts: expected faces, style or a text file",
+    ),
+    "too many images": (["--grid_images", "17"], "grid_images: expected 1 to 16, got 17"),
+    "weak guidance": (["--grid_guidance", "0.5"], "grid_guidance: expected at least 1, got 0.5"),
+    "no peak": (["--peak_tflops", "-1"], "peak_tflops: expected 0"),
     "nothing to resume": (["--resume", "latest"], "resume: expected a complete checkpoint"),
     "no such checkpoint": (["--resume", "away/step-00000001"], "resume: expected a complete"),
 }
@@ -79,6 +91,13 @@ BAD = {
 def test_bad_flags_are_one_line_and_exit_2(folder, capfd, name):
     flags, message = BAD[name]
     assert message in fails(folder.args("bad") + flags, capfd)
+    assert not (folder.path / "bad").exists()
+
+
+def test_a_missing_package_is_one_line_and_exit_2(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = fails([*folder.args("bad"), "--wandb_project", "faces"], capfd)
+    assert "wandb_project: expected the package wandb (pip install wandb)" in message
     assert not (folder.path / "bad").exists()
 
 
