@@ -1,150 +1,187 @@
-"""Encoded pairs: what the UNet reads, made once before training, and their order.
-
-Each distinct image (by content) and each distinct caption is encoded once; a pair is three row
-numbers into the two tables.
-"""
+"""A prepared cache, opened and checked for training."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+import fsspec
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dde_fast import noise
-from dde_fast.models import Encoders
-from dde_fast.pairs import Pair
+from dde_fast.manifest import COLUMNS, DTYPES, EMPTY_CAPTION, MANIFEST, PAIRS, Manifest
+from dde_fast.shards import Shard, Shards, StreamedShards, check_content
 
-EMPTY_CAPTION = 0
-"""Row of the empty caption."""
 
-SHUFFLE = 2
-"""Number of a pair's choice of place in its epoch, beside those of `dde_fast.noise`."""
+def is_cache(location: str | Path) -> bool:
+    """Whether a folder or an fsspec URL holds a finished cache.
+
+    Raises:
+        ValueError: the URL's protocol is unknown or its library is missing.
+    """
+    return _read(str(location), MANIFEST) is not None
+
+
+def _read(location: str, name: str) -> bytes | None:
+    """A small file's content, or None where there is none."""
+    try:
+        files, root = fsspec.url_to_fs(location)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"pairs: expected a folder or a URL, got {location!r} ({error})") from None
+    path = f"{root}/{name}"
+    return files.cat_file(path) if files.isfile(path) else None
 
 
 @dataclass
-class EncodedPairs:
-    """n pairs in memory, on the device where they are used."""
+class Rows:
+    """Some pairs as they are stored, on the CPU: 2B images, winners first."""
 
-    latents: Tensor
-    """float32 [images, C, H, W]."""
+    mean: Tensor
+    """[2B, C, h, w] in the cache's dtype."""
+    std: Tensor
+    """[2B, C, h, w]."""
+    sizes: Tensor
+    """int32 [2B, 4]: height and width before scaling, top and left of the crop."""
     embeddings: Tensor
-    """float32 [captions, L, D]; row 0 is the empty caption."""
-    winners: Tensor
-    """int64 [n], rows of `latents`."""
-    losers: Tensor
-    """int64 [n], rows of `latents`."""
-    captions: Tensor
-    """int64 [n], rows of `embeddings`."""
-    pair_ids: Tensor
-    """int64 [n]."""
+    """[B, L, D]."""
+    pooled: Tensor | None
+    """[B, P], for SDXL."""
+
+
+class Cache:
+    """A finished cache.
+
+    Args:
+        location: its folder, or an fsspec URL of it.
+        folder: where shards of a URL are kept for a while.
+        limit: bytes of that folder.
+
+    Raises:
+        ValueError: there is no finished cache, or it is damaged.
+    """
+
+    def __init__(self, location: str | Path, folder: Path | None = None, limit: int = 2**40):
+        self.location = str(location)
+        text = _read(self.location, MANIFEST)
+        if text is None:
+            raise ValueError(f"cache: expected {MANIFEST} in {self.location!r}, got none")
+        self.manifest = manifest = Manifest.from_json(text, self.location)
+        self.shards = self._open_shards(folder, limit)
+        self.shard_size = manifest.settings["shard_size"]
+        self.dtype = DTYPES[manifest.settings["dtype"]]
+        self._check_pairs()
+        self.empty = {
+            name: rows[EMPTY_CAPTION].clone()
+            for name, rows in self._shard("prompts", EMPTY_CAPTION).tensors.items()
+        }
+        self.latent_shape = list(self._shard("images", 0).tensors["mean"].shape[1:])
+
+    def _open_shards(self, folder: Path | None, limit: int) -> Shards:
+        expected = {name: tuple(entry) for name, entry in self.manifest.shards.items()}
+        if "://" in self.location:
+            assert folder is not None
+            place = folder / self.fingerprint[:16]
+            return StreamedShards(self.location, place, expected, self.fingerprint, limit)
+        shards = Shards(Path(self.location), expected, self.fingerprint)
+        for name, (size, _) in expected.items():
+            path = shards.folder / name
+            found = path.stat().st_size if path.is_file() else "none"
+            if found != size:
+                raise ValueError(
+                    f"cache: expected {name} of {size} bytes in {self.location!r}, got {found}; "
+                    "prepare again, which makes what is missing"
+                )
+        return shards
+
+    def _check_pairs(self) -> None:
+        """Take the table of pairs into memory; it is small and everything hangs on it."""
+        table = self.shards[PAIRS]
+        check_content(table, self.shards.folder / PAIRS)
+        columns = (table.tensors[name].clone() for name in COLUMNS)
+        self.pair_ids, self.winners, self.losers, self.prompts = columns
+        assert len(self.pair_ids) == self.manifest.counts["pairs"]
+
+    def __str__(self) -> str:
+        return f"{self.manifest} in {self.location}"
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
 
     def __len__(self) -> int:
         return len(self.pair_ids)
 
-    def take(
+    def check_fits(self, encoders: dict[str, str], channels: int, width: int) -> None:
+        """Refuse a model other than the one whose encoders made this cache.
+
+        Args:
+            encoders: hashes of the model's parts (`Encoders.identity`).
+            channels: of the UNet's latents.
+            width: of the embeddings its attention reads.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        theirs = self.manifest.settings["encoders"]
+        for name in theirs.keys() | encoders.keys():
+            if theirs.get(name) != encoders.get(name):
+                raise ValueError(
+                    f"pairs: expected a cache made with the model's own {name} "
+                    f"{str(encoders.get(name))[:16]}, got {self.location!r}, made with "
+                    f"{str(theirs.get(name))[:16]} of {self.manifest.made_from['model']!r}; "
+                    "prepare the pairs with this model"
+                )
+        for name, expected, found in (
+            ("latent channels", channels, self.latent_shape[0]),
+            ("numbers per token", width, self.empty["embeddings"].shape[-1]),
+        ):
+            if expected != found:
+                raise ValueError(
+                    f"pairs: expected a cache of {expected} {name}, which the model's UNet reads, "
+                    f"got {found} in {self.location!r}"
+                )
+
+    def gather(
         self,
-        index: Tensor,  # int64 [B]
+        index: Tensor,  # int64 [B], on the CPU
         without_caption: Tensor,  # bool [B]
-    ) -> tuple[Tensor, Tensor]:
-        """Latents [2B, C, H, W], winners first, and embeddings [B, L, D] of some pairs."""
-        latents = self.latents[torch.cat([self.winners[index], self.losers[index]])]
-        captions = self.captions[index].masked_fill(without_caption, EMPTY_CAPTION)
-        return latents, self.embeddings[captions]
+        pinned: bool = False,
+    ) -> Rows:
+        """Copy some pairs out of the mapped shards, into pinned memory if asked."""
+        images = torch.cat([self.winners[index], self.losers[index]]).numpy()
+        prompts = self.prompts[index].numpy()
+        found = self._rows("images", images)
+        texts = [
+            self.empty if empty else rows
+            for empty, rows in zip(
+                without_caption.numpy(), self._rows("prompts", prompts), strict=True
+            )
+        ]
 
+        def stacked(rows: list[dict[str, Tensor]], name: str) -> Tensor:
+            out = torch.empty(
+                len(rows), *rows[0][name].shape, dtype=rows[0][name].dtype, pin_memory=pinned
+            )
+            return torch.stack([row[name] for row in rows], out=out)
 
-def encode_pairs(
-    pairs: Sequence[Pair],
-    encoders: Encoders,
-    *,
-    latent_size: int | Sequence[int],
-    batch_size: int = 32,
-) -> EncodedPairs:
-    """Encode every distinct image and caption once; all ranks must call, and share the work.
+        return Rows(
+            mean=stacked(found, "mean"),
+            std=stacked(found, "std"),
+            sizes=stacked(found, "sizes"),
+            embeddings=stacked(texts, "embeddings"),
+            pooled=stacked(texts, "pooled") if "pooled" in self.empty else None,
+        )
 
-    Args:
-        pairs: at least one.
-        latent_size: the UNet's `sample_size`.
-        batch_size: images or captions per forward. Batches do not depend on the number of ranks.
-    """
-    images, captions = _Rows(), _Rows()
-    captions.row("")
-    winners = [images.row(pair.winner) for pair in pairs]
-    losers = [images.row(pair.loser) for pair in pairs]
-    prompts = [captions.row(pair.caption) for pair in pairs]
+    def _rows(self, kind: str, numbers: Iterable[int]) -> list[dict[str, Tensor]]:
+        opened: dict[int, Shard] = {}  # each shard is asked for once
+        rows = []
+        for number in numbers:
+            i, row = divmod(int(number), self.shard_size)
+            if i not in opened:
+                opened[i] = self._shard(kind, number)
+            rows.append({name: rows_[row] for name, rows_ in opened[i].tensors.items()})
+        return rows
 
-    def encode_images(batch: list[bytes]) -> Tensor:
-        return encoders.latents(batch, latent_size)
-
-    def index(rows: list[int]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64, device=encoders.device)
-
-    return EncodedPairs(
-        latents=_in_batches(encode_images, images.items, batch_size),
-        embeddings=_in_batches(encoders.embeddings, captions.items, batch_size),
-        winners=index(winners),
-        losers=index(losers),
-        captions=index(prompts),
-        pair_ids=index([pair.pair_id for pair in pairs]),
-    )
-
-
-class PairStream:
-    """The endless stream of pairs: epoch after epoch, each in an order of its own."""
-
-    def __init__(self, data: EncodedPairs, seed: int):
-        self.data, self.seed = data, seed
-        self.orders: dict[int, Tensor] = {}
-
-    def __getitem__(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """(pair, epoch) at each position, both int64 [stop - start]."""
-        pairs, epochs, position = [], [], positions.start
-        while position < positions.stop:
-            epoch, at = divmod(position, len(self.data))
-            part = self.order(epoch)[at : at + positions.stop - position]
-            pairs.append(part)
-            epochs.append(torch.full_like(part, epoch))
-            position += len(part)
-        return torch.cat(pairs), torch.cat(epochs)
-
-    def order(self, epoch: int) -> Tensor:
-        """int64 [n]: the pairs sorted by one random number each."""
-        if epoch not in self.orders:
-            ids = self.data.pair_ids
-            places = noise.pair_uniform(SHUFFLE, seed=self.seed, pair_ids=ids, draw=epoch)
-            self.orders = {epoch: places.argsort(stable=True)}
-        return self.orders[epoch]
-
-
-class _Rows:
-    """Distinct items by content, in order of their first appearance."""
-
-    def __init__(self):
-        self.items: list = []
-        self._rows: dict[bytes, int] = {}
-
-    def row(self, item: bytes | str) -> int:
-        content = item.encode() if isinstance(item, str) else item
-        row = self._rows.setdefault(hashlib.sha256(content).digest(), len(self.items))
-        if row == len(self.items):
-            self.items.append(item)
-        return row
-
-
-def _in_batches(encode: Callable[[list], Tensor], items: list, batch_size: int) -> Tensor:
-    """Rows of every item. Rank r encodes batches r, r + world, …; a sum with zeros shares them."""
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    starts = range(0, len(items), batch_size)
-    # a rank beyond the last batch encodes the first item, to know the shape
-    own = {i: encode(items[i : i + batch_size]) for i in starts[rank::world_size]}
-    some = next(iter(own.values())) if own else encode(items[:1])
-    table = some.new_zeros(len(items), *some.shape[1:])
-    for i, rows in own.items():
-        table[i : i + batch_size] = rows
-    if world_size > 1:
-        dist.all_reduce(table)
-    return table
+    def _shard(self, kind: str, number: int) -> Shard:
+        return self.shards[f"{kind}-{int(number) // self.shard_size:05d}.safetensors"]

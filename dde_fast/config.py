@@ -30,10 +30,11 @@ class TrainConfig:
     deepspeed_config: str = "ds.json"
     """DeepSpeed's JSON: batch sizes, ZeRO stage, precision, gradient clipping."""
     model: str = "embedded"
-    """Stable Diffusion pipeline to train: "embedded", a diffusers directory or a hub name."""
+    """Stable Diffusion to train (1.x, 2.x or XL): "embedded", a diffusers directory, a hub name, or
+    an original FILE.safetensors, with +DIRECTORY for configurations of your own or no network."""
     pairs: str = "faces"
-    """Preference pairs: "faces" or "style" (embedded), or a parquet file or a folder of them in
-    Pick-a-Pic's columns."""
+    """Preference pairs: "faces" or "style" (embedded); a cache that `python -m dde_fast.prepare`
+    made, a folder or a URL; or what that can read, which is then encoded into OUTPUT/cache."""
     split: str = "train"
     """Split of the pairs: of an embedded set, or the files of a folder whose name begins so."""
     limit: int = 0
@@ -78,8 +79,16 @@ class TrainConfig:
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    attention: str = "sdpa"
+    """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
+    xformers, or eager."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
+    shuffle_block: int = 0
+    """0 mixes the whole set; else this many consecutive pairs stay near each other in the order,
+    which a cache fetched from a URL needs: as many as a shard holds images is a good number."""
+    cache_gib: float = 100.0
+    """GiB of this machine's disk for shards fetched from a URL."""
     log_every: int = 10
     """Optimizer steps between log lines, the only points where the host waits for the device."""
     save_every: int = 100
@@ -185,6 +194,8 @@ def check(config: TrainConfig) -> None:
         ("seed", 0 <= c.seed < 2**63, "0 or more, below 2**63"),
         ("caption_dropout", 0 <= c.caption_dropout <= 1, "a probability"),
         ("timestep_low", c.timestep_low >= 0, "0 or more"),
+        ("shuffle_block", c.shuffle_block >= 0, "0 (the whole set) or a number of pairs"),
+        ("cache_gib", c.cache_gib > 0, "above 0"),
         ("log_every", c.log_every >= 1, "at least 1"),
         ("save_every", c.save_every >= 0, "0 (only at the end) or more"),
         ("validation_limit", c.validation_limit >= 0, "0 (all) or a number of pairs"),

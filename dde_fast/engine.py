@@ -40,15 +40,22 @@ def launch_environment() -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+def device_of_process() -> torch.device:
+    """The device of this rank."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return torch.device("cpu")
+
+
 def start_process() -> torch.device:
     """Join the other ranks; the device of this one."""
-    if torch.cuda.is_available():
+    device = device_of_process()
+    if device.type == "cuda":
         import deepspeed
 
-        local_rank = int(os.environ["LOCAL_RANK"])
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device)
         deepspeed.init_distributed("nccl")
-        return torch.device("cuda", local_rank)
+        return device
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns
     import deepspeed
 
@@ -59,7 +66,7 @@ def start_process() -> torch.device:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     deepspeed.init_distributed("gloo")
-    return torch.device("cpu")
+    return device
 
 
 def check_json(e: EngineConfig) -> None:

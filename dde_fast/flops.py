@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
+
+from dde_fast.cache import Cache
+from dde_fast.config import TrainConfig
+from dde_fast.deepspeed_config import EngineConfig
+from dde_fast.objectives import get_objective
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -31,6 +37,34 @@ def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def pairs_at_peak(
+    c: TrainConfig, e: EngineConfig, unet: torch.nn.Module, cache: Cache, device: torch.device
+) -> float | None:
+    """Pairs per second if all devices did nothing but a run's arithmetic at their peak.
+
+    Args:
+        unet: the policy, before DeepSpeed splits it and gradient checkpointing repeats some of it.
+        cache: of the pairs, whose shapes count.
+        device: of this process; the others' are like it.
+
+    Returns:
+        None where the device's peak is not known.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    peak = c.peak_tflops or peak_tflops(name, e.dtype)
+    if peak is None:
+        return None
+    pooled = cache.empty.get("pooled")
+    flops = flops_per_pair(
+        unet,
+        latent=cache.latent_shape,
+        embedding=cache.empty["embeddings"].shape,
+        pooled=None if pooled is None else len(pooled),
+        reference=get_objective(c.objective).needs_reference,
+    )
+    return 1e12 * peak * dist.get_world_size() / flops
 
 
 def flops_per_pair(

@@ -1,4 +1,4 @@
-"""From a slice of the stream of pairs to the loss: noise, policy, reference."""
+"""From a batch of pairs to the loss: noise, policy, reference."""
 
 from __future__ import annotations
 
@@ -6,57 +6,59 @@ import torch
 from torch import Tensor
 
 from dde_fast import noise
-from dde_fast.cache import PairStream
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.inputs import Inputs
+from dde_fast.loader import Batch
 from dde_fast.loss import PreferenceLoss, PreferenceOutput
 
 
 class PairForward:
-    """Noise a slice of the stream and run policy, reference and loss on it."""
+    """Noise a batch of pairs and run policy, reference and loss on it."""
 
     def __init__(
         self,
         c: TrainConfig,
         e: EngineConfig,
         inputs: Inputs,
-        stream: PairStream,
         engine,
         reference: torch.nn.Module | None,
         loss_fn: PreferenceLoss,
     ):
-        device = stream.data.latents.device
-        self.c, self.dtype, self.stream = c, e.dtype, stream
+        device = loss_fn.ratios.device
+        self.c, self.dtype = c, e.dtype
         self.engine, self.reference, self.loss_fn = engine, reference, loss_fn
         self.alphas_cumprod = inputs.alphas_cumprod.to(device)
         self.timesteps = inputs.timesteps.to(device)
 
-    def __call__(self, start: int, stop: int) -> PreferenceOutput:
-        index, epochs = self.stream[start:stop]
-        data = self.stream.data
-        key = {"seed": self.c.seed, "pair_ids": data.pair_ids[index], "draw": epochs}
+    def __call__(self, batch: Batch) -> PreferenceOutput:
+        # One timestep and one noise for both images of a pair
+        key = {"seed": self.c.seed, "pair_ids": batch.pair_ids, "draw": batch.epochs}
         key["backend"] = self.c.backend
-
-        # What the pair sees: its caption or none, one timestep and one noise for both images
-        dropout = noise.pair_uniform(noise.CAPTION_DROPOUT, **key)
-        latents, embeddings = data.take(index, dropout <= self.c.caption_dropout)
         timesteps = noise.sample_timesteps(self.timesteps, **key)
-        noisy, eps = noise.add_noise(latents, timesteps, self.alphas_cumprod, **key)
-        target = self.target(latents, eps, timesteps)
+        noisy, eps = noise.add_noise(batch.latents, timesteps, self.alphas_cumprod, **key)
+        target = self.target(batch.latents, eps, timesteps)
 
         # One forward of each model for winners and losers together
         inputs = (
             noisy.to(self.dtype),
             torch.cat([timesteps, timesteps]),
-            torch.cat([embeddings, embeddings]).to(self.dtype),
+            torch.cat([batch.embeddings, batch.embeddings]).to(self.dtype),
         )
+        conditions = {"added_cond_kwargs": self.added(batch), "return_dict": False}
         reference = None
         if self.reference is not None:
             with torch.no_grad():
-                reference = self.reference(*inputs, return_dict=False)[0]
-        policy = self.engine(*inputs, return_dict=False)[0]
+                reference = self.reference(*inputs, **conditions)[0]
+        policy = self.engine(*inputs, **conditions)[0]
         return self.loss_fn(policy, reference, target, timesteps)
+
+    def added(self, batch: Batch) -> dict[str, Tensor] | None:
+        """SDXL's further conditions, [2B, …]: the caption is the pair's, the sizes each image's."""
+        if batch.pooled is None:
+            return None
+        pooled = torch.cat([batch.pooled, batch.pooled]).to(self.dtype)
+        return {"text_embeds": pooled, "time_ids": batch.time_ids}
 
     def target(self, latents: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """What the models should predict: [B, …] shared by the pair (ε), or [2B, …]."""

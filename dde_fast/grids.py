@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from dde_fast import evaluate
+from dde_fast.config import TrainConfig
 from dde_fast.report import grid
 
 CELL = 256
@@ -22,11 +23,9 @@ class Grids:
     everything but the images is on the CPU.
 
     Args:
-        model: what is trained, for `evaluate.load_pipeline`.
+        model: what is trained, as in `models.locate`.
         prompts: one per image.
-        seed: of the noise: image i's depends on it and on i alone.
-        steps: of DDIM.
-        guidance: classifier-free guidance scale.
+        c: seed, steps and guidance: image i's noise depends on the seed and on i alone.
         dtype: of the models.
         device: where to sample.
     """
@@ -35,17 +34,14 @@ class Grids:
         self,
         model: str,
         prompts: list[str],
-        *,
-        seed: int,
-        steps: int,
-        guidance: float,
+        c: TrainConfig,
         dtype: torch.dtype,
         device: torch.device,
     ):
         self.prompts, self.device = prompts, device
-        self.options = {"seed": seed, "steps": steps, "guidance": guidance}
+        self.options = {"seed": c.seed, "steps": c.grid_steps, "guidance": c.grid_guidance}
         with self._no_trace():
-            self.pipeline = evaluate.load_pipeline(model, model, torch.device("cpu"), dtype)
+            self.pipeline = evaluate.ddim_pipeline(model).to(dtype)
             self.base = self._sample(self.pipeline.unet.to(device))
 
     def __call__(self, engine, name: str) -> Image.Image:

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dde_fast import checkpoint, embedded, models, schedule
+from dde_fast import checkpoint, embedded, models, prepare, schedule
+from dde_fast.attention import use_attention
+from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
-from dde_fast.engine import say
+from dde_fast.engine import device_of_process, say
 from dde_fast.evaluate import read_prompts
 from dde_fast.loss import PreferenceLoss
 from dde_fast.metrics import check_wandb
-from dde_fast.pairs import PairTable, load_pairs
+from dde_fast.prepare import Preparation, PrepareConfig
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend log_every save_every local_rank validation_pairs validation_split validation_limit "
-    "validation_draws validation_every grid_every grid_prompts grid_images grid_steps grid_guidance "
-    "wandb_project peak_tflops".split()
+    "backend attention cache_gib log_every save_every local_rank validation_pairs validation_split "
+    "validation_limit validation_draws validation_every grid_every grid_prompts grid_images grid_steps "
+    "grid_guidance wandb_project peak_tflops".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -33,9 +35,9 @@ class Inputs:
     """Everything the user named, read and checked before anything is started."""
 
     model: str
-    table: PairTable
-    validation: PairTable | None
-    """Held-out pairs."""
+    pairs: Cache | Preparation
+    held_out: Cache | Preparation | None
+    """Pairs for validation."""
     grid_prompts: list[str]
     """One per image of a grid; none where none is wanted."""
     loss_fn: PreferenceLoss
@@ -62,33 +64,32 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
             say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
         if start.step > c.steps:
             raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and not _is_free(output):
         raise ValueError(
             f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
             "holds with --resume latest, or choose another --output"
         )
 
     # The pairs
-    model = str(embedded.model_path()) if c.model == "embedded" else c.model
-    table = read_pairs(c.pairs, c.split, c.limit)
-    say(f"pairs: {table}")
+    pairs = open_pairs(c, c.pairs, c.split, c.limit)
+    say(f"pairs: {pairs}")
 
     # What shows how it goes
     check_wandb(c.wandb_project)
-    validation, grid_prompts = None, []
+    held_out, grid_prompts = None, []
     if c.validation_pairs:
+        asked = (c.validation_pairs, c.validation_split, c.validation_limit)
         try:
-            validation = read_pairs(c.validation_pairs, c.validation_split, c.validation_limit)
-        except ValueError as error:  # it begins with pairs or split
+            held_out = open_pairs(c, *asked, folder="cache-validation")
+        except ValueError as error:  # it begins with the argument: pairs, split, …
             raise ValueError(f"validation_{error}") from None
-        say(f"validation_pairs: {validation}")
+        say(f"validation_pairs: {held_out}")
     if c.grid_every:
         prompts = c.grid_prompts or (c.pairs if c.pairs in embedded.SETS else "")
         grid_prompts = read_prompts(prompts, c.grid_images, "grid_prompts")
 
     # The loss and the policy
-    models.check_model(model)
-    scheduler = models.load_scheduler(model)
+    scheduler = models.load_scheduler(c.model)
     loss_fn = PreferenceLoss.from_scheduler(
         scheduler,
         c.objective,
@@ -100,36 +101,67 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     )
     loss_fn.auto_update = False  # once per optimizer step, over all micro-batches and ranks
     timesteps = loss_fn.timestep_probabilities(c.timestep_low, c.timestep_high)
-    unet = models.load_unet(model)
+    unet = models.load_unet(c.model)
+    use_attention(unet, c.attention, e.dtype, device_of_process())
 
     # What a continuation must share with its beginning
     identity = identity_of(c, e) | {
         "model": f"weights {models.fingerprint(unet)[:16]}",
-        "pairs": f"content {table.fingerprint()[:16]}",
+        "pairs": f"content {pairs.fingerprint[:16]}",
     }
     if start is not None:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(
-        model,
-        table,
-        validation,
-        grid_prompts,
-        loss_fn,
-        alphas_cumprod,
-        timesteps,
-        unet,
-        identity,
-        start,
+        model=c.model,
+        pairs=pairs,
+        held_out=held_out,
+        grid_prompts=grid_prompts,
+        loss_fn=loss_fn,
+        alphas_cumprod=alphas_cumprod,
+        timesteps=timesteps,
+        unet=unet,
+        identity=identity,
+        start=start,
     )
 
 
-def read_pairs(source: str, split: str, limit: int) -> PairTable:
-    """The pairs of an embedded set, a file or a folder."""
-    if source in embedded.SETS:
-        source = str(embedded.pairs_path(source, split))
-    return load_pairs(source, split, limit)
+def open_pairs(
+    c: TrainConfig, pairs: str, split: str, limit: int, folder: str = "cache"
+) -> Cache | Preparation:
+    """A prepared cache, or the preparation of one in the run's own folder.
+
+    Args:
+        c: of the run.
+        pairs, split, limit: as in `TrainConfig`.
+        folder: in the run's, where a source that is no cache is encoded.
+
+    Raises:
+        ValueError: neither; a cache that is damaged, or made with another model's encoders.
+    """
+    if is_cache(pairs):
+        local, size = embedded.cache_folder() / "shards", int(c.cache_gib * 2**30)
+        cache = Cache(pairs, folder=local, limit=size)
+        unet = models.load_unet_config(c.model)
+        encoders = models.Encoders.load(c.model, torch.device("cpu")).identity()
+        cache.check_fits(encoders, unet["in_channels"], unet["cross_attention_dim"])
+        return cache
+    options = PrepareConfig(
+        output=str(Path(c.output) / folder),
+        model=c.model,
+        pairs=pairs,
+        split=split,
+        limit=limit,
+        # the demonstration is small, and exact
+        dtype="float32" if pairs in embedded.SETS else "float16",
+    )
+    return prepare.start(options, device_of_process())
+
+
+def _is_free(output: Path) -> bool:
+    """Whether nothing is there but what a killed run had begun to encode."""
+    return output.is_dir() and all(path.name.startswith("cache") for path in output.iterdir())
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

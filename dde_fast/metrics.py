@@ -152,7 +152,8 @@ class RunLog:
         pairs_at_peak: float | None = None,
         wandb_project: str = "",
     ):
-        self.last_step, self.last_time, self.batch = start, time.perf_counter(), batch
+        self.last_step, self.last_time, self.last_waited = start, time.perf_counter(), 0.0
+        self.batch = batch
         self.output, self.pairs_at_peak, self.wandb = output, pairs_at_peak, None
         self.active = dist.get_rank() == 0
         self.bar = tqdm(
@@ -182,14 +183,18 @@ class RunLog:
         yield
         self.last_time += time.perf_counter() - begin
 
-    def write(self, step: int, metrics: dict[str, Any], learning_rate: float) -> None:
-        """Log the means since the last time."""
+    def write(
+        self, step: int, metrics: dict[str, Any], learning_rate: float, waited: float = 0.0
+    ) -> None:
+        """Log the means since the last time; `waited` are the seconds spent waiting for data in
+        all, of which `data_wait` is the share."""
         now = time.perf_counter()
-        rate = (step - self.last_step) * self.batch / (now - self.last_time)
-        self.last_step, self.last_time = step, now
+        seconds, data_wait = now - self.last_time, waited - self.last_waited
+        rate = (step - self.last_step) * self.batch / seconds
+        self.last_step, self.last_time, self.last_waited = step, now, waited
         if self.active:
             record = {"step": step, **metrics, "learning_rate": learning_rate}
-            record["pairs_per_second"] = rate
+            record |= {"pairs_per_second": rate, "data_wait": data_wait / seconds}
             if self.pairs_at_peak is not None:
                 record["mfu"] = rate / self.pairs_at_peak
             record["memory_gib"] = peak_memory()

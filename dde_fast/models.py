@@ -1,8 +1,13 @@
 """Stable Diffusion's parts through diffusers, loaded one by one so that each can be freed.
 
-A model is a diffusers directory (or hub name) of a StableDiffusionPipeline: vae, text_encoder,
-tokenizer, unet, scheduler. The encoders are needed once, before training; the policy is the UNet
-in float32; the frozen reference is the same UNet in the compute dtype.
+A model is named by one string: "embedded"; a diffusers directory or hub name; or an original
+single file, FILE.safetensors, or FILE.safetensors+CONFIG where CONFIG is a diffusers directory or
+hub name whose configurations and tokenizers go with it (its weights are not read). Without CONFIG
+diffusers names the published pipeline that the file's keys belong to, and fetches its
+configurations, some kilobytes.
+
+The encoders are needed once, before training; the policy is the UNet in float32; the frozen
+reference is the same UNet in the compute dtype.
 """
 
 from __future__ import annotations
@@ -11,48 +16,160 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from PIL import Image, ImageOps
+from diffusers.loaders import single_file_utils
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
-
-from dde_fast.pairs import decode
-
-PIPELINE = "StableDiffusionPipeline"
 
 
-def check_model(model: str) -> None:
-    """Refuse what is no Stable Diffusion pipeline, before anything large is loaded.
+@dataclass(frozen=True)
+class Family:
+    """What a kind of pipeline needs beside its VAE, UNet and scheduler."""
+
+    text: tuple[tuple[str, str], ...]
+    """Its (tokenizer, text encoder) parts; their hidden states are joined along the last axis."""
+    hidden: Callable[[Any], Tensor]
+    """From a text encoder's output to the hidden states [B, L, D] that the UNet reads."""
+    pooled: bool
+    """Whether the UNet reads the last text encoder's projection [B, P] and six time ids."""
+    options: dict[str, Any]
+    """For loading: no part that neither training nor evaluation uses."""
+
+
+_UNUSED = {"feature_extractor": None, "image_encoder": None}
+
+FAMILIES = {
+    # SD 1.x and 2.x
+    "StableDiffusionPipeline": Family(
+        text=(("tokenizer", "text_encoder"),),
+        hidden=lambda output: output[0],
+        pooled=False,
+        options={"safety_checker": None, "requires_safety_checker": False, **_UNUSED},
+    ),
+    "StableDiffusionXLPipeline": Family(
+        text=(("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
+        hidden=lambda output: output.hidden_states[-2],
+        pooled=True,
+        options={"add_watermarker": False, **_UNUSED},
+    ),
+}
+"""The pipelines that can be trained, by their class in diffusers."""
+
+_VARIANTS = (None, "fp16")
+"""Names that weight files go by: model.safetensors, model.fp16.safetensors."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's parts are."""
+
+    configs: str
+    """A diffusers directory or hub name."""
+    file: str | None
+    """The single file that holds the weights; None: they are beside the configurations."""
+    pipeline: str
+    """Class of the pipeline, a key of `FAMILIES`."""
+
+    def load(self, kind: type, dtype: torch.dtype, subfolder: str | None = None, **options) -> Any:
+        """A part of the model, or its pipeline (no `subfolder`), whatever dtype its files hold.
+
+        Raises:
+            ValueError, OSError: files missing or broken, or a single file and configurations that
+                are not of one model.
+        """
+        if subfolder is not None:
+            options["subfolder"] = subfolder
+        options["torch_dtype"] = dtype
+        with warnings.catch_warnings():
+            # its new name, `dtype`, is unknown to the oldest diffusers that this package supports
+            warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+            return self._load_file(kind, options) if self.file else self._load_parts(kind, options)
+
+    def _load_file(self, kind: type, options: dict[str, Any]) -> Any:
+        try:
+            part = kind.from_single_file(self.file, config=self.configs, **options)
+        except (single_file_utils.SingleFileComponentError, KeyError, RuntimeError) as error:
+            raise ValueError(f"model: cannot read {self.file!r}: {error}") from None
+        for module in part.components.values() if isinstance(part, DiffusionPipeline) else [part]:
+            if not isinstance(module, torch.nn.Module):
+                continue
+            if missing := [name for name, value in module.named_parameters() if value.is_meta]:
+                raise ValueError(
+                    f"model: expected a file that fits the configurations in {self.configs!r}, got "
+                    f"{self.file!r} without {type(module).__name__}'s {missing[0]} and "
+                    f"{len(missing) - 1} others"
+                )
+        return part
+
+    def _load_parts(self, kind: type, options: dict[str, Any]) -> Any:
+        failures = []
+        for variant in _VARIANTS:
+            try:
+                return kind.from_pretrained(
+                    self.configs, variant=variant, use_safetensors=True, **options
+                )
+            except (OSError, ValueError) as error:
+                failures.append(error)
+        raise failures[0]
+
+
+def locate(model: str | Path) -> Source:
+    """Where the parts of a named model are; nothing large is loaded.
 
     Raises:
-        ValueError: no such directory or hub name, or a pipeline of another kind.
+        ValueError: no such directory, hub name or file, or a pipeline that is not in `FAMILIES`.
     """
-    expected = f"model: expected a diffusers directory or hub name of a {PIPELINE}"
+    if model == "embedded":
+        from dde_fast import embedded
+
+        model = embedded.model_path()
+    model = str(model)
+    expected = f"model: expected a diffusers directory or hub name of a {' or '.join(FAMILIES)}"
+    file, suffix, configs = model.partition(".safetensors")
+    single = bool(suffix) and not Path(model).is_dir()
+    file, configs = (file + suffix, configs.removeprefix("+")) if single else (None, model)
+    if single and not Path(file).is_file():
+        raise ValueError(f"model: expected a .safetensors file, got {file!r}")
     try:
-        if Path(model).is_dir():
-            index = json.loads((Path(model) / "model_index.json").read_text(encoding="utf-8"))
+        configs = configs or _published(file)
+        if Path(configs).is_dir():
+            index = json.loads((Path(configs) / "model_index.json").read_text(encoding="utf-8"))
         else:
-            index = DiffusionPipeline.load_config(model)
+            index = DiffusionPipeline.load_config(configs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{expected}, got {model!r} ({error})") from None
-    if index.get("_class_name") != PIPELINE:
-        raise ValueError(f"{expected}, got a {index.get('_class_name')} in {model!r}")
+        hint = "; without a network name one that fits: FILE.safetensors+DIRECTORY" if file else ""
+        raise ValueError(f"{expected}, got {configs!r}{hint} ({error})") from None
+    if index.get("_class_name") not in FAMILIES:
+        raise ValueError(f"{expected}, got a {index.get('_class_name')} in {configs!r}")
+    return Source(configs, file, index["_class_name"])
+
+
+def _published(file: str) -> str:
+    """Hub name of the published pipeline that a single file has the keys of."""
+    checkpoint = single_file_utils.load_single_file_checkpoint(file)
+    return single_file_utils.fetch_diffusers_config(checkpoint)["pretrained_model_name_or_path"]
 
 
 def load_scheduler(model: str) -> DDPMScheduler:
     """The model's noise schedule, whichever sampler it ships."""
-    return DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    return DDPMScheduler.from_pretrained(locate(model).configs, subfolder="scheduler")
 
 
 def load_unet(model: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """The model's UNet in that dtype, whatever its files hold."""
-    return UNet2DConditionModel.from_pretrained(model, subfolder="unet", torch_dtype=dtype)
+    return locate(model).load(UNet2DConditionModel, dtype, "unet")
+
+
+def load_unet_config(model: str) -> dict[str, Any]:
+    """The configuration of the model's UNet; its weights are not read."""
+    return UNet2DConditionModel.load_config(locate(model).configs, subfolder="unet")
 
 
 def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:
@@ -60,59 +177,140 @@ def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> UNet
     return load_unet(model, dtype).to(device).eval().requires_grad_(False)
 
 
+def load_pipeline(model: str, **parts: Any) -> DiffusionPipeline:
+    """The model's pipeline in float32.
+
+    Args:
+        model: as in `locate`.
+        parts: components to use instead of the model's own; None leaves one out.
+    """
+    source = locate(model)
+    options = FAMILIES[source.pipeline].options | parts
+    return source.load(getattr(diffusers, source.pipeline), torch.float32, **options)
+
+
 @dataclass
 class Encoders:
-    """What turns images and captions into the UNet's inputs; float32, without gradient."""
+    """What turns images and captions into the UNet's inputs; float32, without gradient.
 
+    SDXL's VAE overflows in 16 bits, so float32 it is for every model.
+    """
+
+    family: Family
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    tokenizers: list[Any]
+    text_encoders: list[torch.nn.Module]
+    zero_empty: bool
+    """Whether guidance samples against zeros instead of the empty caption's embedding."""
     device: torch.device
 
     @classmethod
     def load(cls, model: str, device: torch.device) -> Encoders:
         """The model's encoders on a device."""
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
-        text_encoder = CLIPTextModel.from_pretrained(
-            model, subfolder="text_encoder", dtype=torch.float32
+        family = FAMILIES[locate(model).pipeline]
+        pipeline = load_pipeline(model, unet=None)
+        encoders = cls(
+            family=family,
+            vae=pipeline.vae,
+            tokenizers=[getattr(pipeline, name) for name, _ in family.text],
+            text_encoders=[getattr(pipeline, name) for _, name in family.text],
+            zero_empty=pipeline.config.get("force_zeros_for_empty_prompt", False),
+            device=device,
         )
-        tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer")
-        vae.to(device).eval().requires_grad_(False)
-        text_encoder.to(device).eval().requires_grad_(False)
-        return cls(vae, text_encoder, tokenizer, device)
+        for module in (encoders.vae, *encoders.text_encoders):
+            module.to(device).eval().requires_grad_(False)
+        return encoders
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent element, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, unet_config: Any) -> tuple[int, int, int]:
+        """(C, h, w) of the latents that a UNet of this configuration was made for."""
+        return latent_shape(unet_config)
 
     @torch.no_grad()
-    def latents(self, images: Sequence[bytes], latent_size: int | Sequence[int]) -> Tensor:
-        """[B, C, H, W]: mean of the VAE's posterior times its scaling factor.
+    def posterior(
+        self,
+        pixels: Tensor,  # float [B, 3, H, W] in [-1, 1]
+    ) -> tuple[Tensor, Tensor]:
+        """(mean, std), float32 [B, C, h, w]: mean + std·n with standard normal n is a sample of
+        the VAE's posterior as the UNet reads it, scaled and shifted.
 
-        An image of another size is scaled to cover the model's and cropped at its centre.
+        Raises:
+            ValueError: the VAE's output is not finite.
         """
-        scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        sides = (latent_size,) * 2 if isinstance(latent_size, int) else latent_size
-        height, width = (side * scale for side in sides)
-        pixels = torch.stack([_pixels(image, (width, height)) for image in images])
-        posterior = self.vae.encode(pixels.to(self.device)).latent_dist
-        return posterior.mode() * self.vae.config.scaling_factor
+        pixels = pixels.to(self.device, torch.float32)
+        posterior = self.vae.encode(pixels).latent_dist
+        mean, std = posterior.mean, posterior.std
+        config = self.vae.config
+        factor = torch.full((1,), config.scaling_factor, device=self.device)
+        if getattr(config, "latents_mean", None) is not None:
+            shift, spread = (
+                torch.tensor(values, device=self.device).reshape(1, -1, 1, 1)
+                for values in (config.latents_mean, config.latents_std)
+            )
+            mean, factor = mean - shift, factor / spread
+        mean, std = mean * factor, std * factor
+        finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise ValueError(f"model: expected finite latents from its VAE, got others at {bad}")
+        return mean, std
 
     @torch.no_grad()
-    def embeddings(self, captions: Sequence[str]) -> Tensor:
-        """[B, L, D]: the text encoder's last hidden state of the padded caption."""
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return self.text_encoder(tokens.to(self.device))[0]
+    def prompts(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """float32 `embeddings` [B, L, D] of the padded captions and, for SDXL, `pooled` [B, P].
+
+        The empty caption's are those that guidance samples against: zeros where the pipeline has
+        `force_zeros_for_empty_prompt`.
+        """
+        hidden = []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            tokens = tokenizer(
+                list(captions),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            output = encoder(tokens.to(self.device), output_hidden_states=True)
+            hidden.append(self.family.hidden(output))
+        encoded = {"embeddings": torch.cat(hidden, dim=-1)}
+        if self.family.pooled:
+            encoded["pooled"] = output[0]
+        if self.zero_empty:
+            empty = [i for i, caption in enumerate(captions) if caption == ""]
+            for value in encoded.values():
+                value[empty] = 0
+        if bad := [name for name, value in encoded.items() if not value.isfinite().all()]:
+            raise ValueError(f"model: expected finite text embeddings, got others in {bad}")
+        return encoded
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of each encoder's content, by name: what encoded pairs depend on."""
+        names = ("scaling_factor", "latents_mean", "latents_std")
+        values = [fingerprint(self.vae), *(self.vae.config.get(name) for name in names)]
+        found = {"vae": _sha256(json.dumps(values))}
+        for (tokenizer, encoder), own, module in zip(
+            self.family.text, self.tokenizers, self.text_encoders, strict=True
+        ):
+            found[tokenizer] = _sha256(
+                json.dumps([sorted(own.get_vocab().items()), own.model_max_length])
+            )
+            found[encoder] = fingerprint(module)
+        return found
 
 
-def _pixels(image: bytes, size: tuple[int, int]) -> Tensor:
-    """float32 [3, H, W] in [-1, 1]."""
-    picture = decode(image)
-    if picture.size != size:
-        picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def latent_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, h, w) of the latents that a UNet of this configuration was made for."""
+    size = unet_config["sample_size"]
+    return (unet_config["in_channels"], *((size, size) if isinstance(size, int) else size))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(module: torch.nn.Module) -> str:

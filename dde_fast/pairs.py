@@ -1,196 +1,101 @@
-"""Preference pairs from parquet in Pick-a-Pic's columns, as one record type.
-
-Columns read: caption, jpg_0, jpg_1 (bytes, or structs holding bytes), label_0, label_1 (1 for the
-preferred image, 0 for the other, 0.5 for a tie) and, where present, has_label. The others are not
-touched. Rows without a winner, and images that do not decode, are dropped and counted.
-"""
+"""Sources of preference pairs: the kinds there are, and how each is recognised."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
-REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-_ROWS = 64
+from dde_fast import file_pairs, parquet_pairs
+from dde_fast.records import Image, Pair, Rejected, Source
 
-
-@dataclass(frozen=True)
-class Pair:
-    """Two images of one caption, the first preferred."""
-
-    caption: str
-    winner: bytes
-    """Encoded image (JPEG, PNG, WebP, …)."""
-    loser: bytes
-    pair_id: int
-    """Row number in the source, counted before anything is dropped: what the pair's noise, its
-    timesteps and its place in the order are made from."""
+__all__ = ["KINDS", "Image", "Kind", "Pair", "Rejected", "Source", "open_source"]
 
 
-@dataclass
-class PairTable:
-    """Pairs held in memory, and what was left out."""
+class Kind(NamedTuple):
+    """One kind of source."""
 
-    pairs: list[Pair]
-    rows: int = 0
-    """Rows read."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Reason -> rows left out."""
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-        return f"{len(self.pairs)} pairs of {self.rows} rows" + f" (dropped: {reasons})" * bool(
-            reasons
-        )
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the pairs' content and order."""
-        digest = hashlib.sha256()
-        for pair in self.pairs:
-            for part in (str(pair.pair_id).encode(), pair.caption.encode()):
-                digest.update(part + b"\0")
-            for image in (pair.winner, pair.loser):
-                digest.update(hashlib.sha256(image).digest())
-        return digest.hexdigest()
+    description: str
+    recognises: Callable[[AbstractFileSystem, str, str], bool]
+    """(file system, path, split) -> whether this is one."""
+    open: Callable[[AbstractFileSystem, str, str, int], Source]
+    """(file system, path, split, limit) -> the source."""
 
 
-def load_pairs(source: str | Path, split: str = "train", limit: int = 0) -> PairTable:
-    """Read pairs into memory, checking that every image decodes.
+def _is_pair_folder(fs: AbstractFileSystem, path: str, split: str) -> bool:
+    return file_pairs.pair_folder(fs, path, split) is not None
+
+
+def _is_parquet(fs: AbstractFileSystem, path: str, split: str) -> bool:
+    if fs.isfile(path):
+        return path.endswith(".parquet") or fs.cat_file(path, start=0, end=4) == b"PAR1"
+    return bool(parquet_pairs.parquet_files(fs, path))
+
+
+def _is_table(fs: AbstractFileSystem, path: str, split: str) -> bool:
+    return file_pairs.listing(fs, path, split, file_pairs.Table.SUFFIXES) is not None
+
+
+def _is_rankings(fs: AbstractFileSystem, path: str, split: str) -> bool:
+    return file_pairs.listing(fs, path, split, file_pairs.Rankings.SUFFIXES) is not None
+
+
+KINDS = (
+    Kind("a folder of pairs (w/, l/)", _is_pair_folder, file_pairs.PairFolder),
+    Kind("a parquet file or a folder of them", _is_parquet, parquet_pairs.PickAPic),
+    Kind("a CSV or JSONL table", _is_table, file_pairs.Table),
+    Kind("HPDv2's JSON", _is_rankings, file_pairs.Rankings),
+)
+"""Sources, the first that recognises a path reads it."""
+
+_SUFFIXES = (".parquet", *file_pairs.Table.SUFFIXES, *file_pairs.Rankings.SUFFIXES)
+
+
+def open_source(spec: str | Path, split: str = "train", limit: int = 0) -> Source:
+    """The source of pairs at a path, an fsspec URL, or a data set's name on Hugging Face's hub.
 
     Args:
-        source: a parquet file, or a folder of them.
-        split: of a folder: the files whose name (or whose folder's name) begins so.
-        limit: stop after this many pairs; 0 = all.
+        spec: a file or folder of one of the `KINDS`; "owner/name" is the hub's unless it exists
+            here.
+        split: of a folder: the parquet files that begin with this word or lie in a folder of that
+            name, the table or JSON of that name, or the folder that holds `w/` and `l/`.
+        limit: stop after this many usable pairs; 0 = all.
 
     Raises:
-        ValueError: nothing there, no parquet, columns missing, or no pair left.
+        ValueError: nothing there, or nothing that one of the `KINDS` is.
     """
-    table = PairTable([])
-    decodes: dict[bytes, str] = {}
-    for path in parquet_files(source, split):
-        for record in read_rows(path):
-            reason = record if isinstance(record, str) else _undecodable(record, decodes)
-            if reason:
-                table.dropped[reason] += 1
-            else:
-                caption, winner, loser = record
-                table.pairs.append(Pair(caption, winner, loser, pair_id=table.rows))
-            table.rows += 1
-            if limit and len(table.pairs) == limit:
-                return table
-    if not table.pairs:
-        raise ValueError(f"pairs: expected at least one pair in {str(source)!r}, got {table}")
-    return table
-
-
-def parquet_files(source: str | Path, split: str) -> list[Path]:
-    """The parquet files of a source, in order of their names.
-
-    Raises:
-        ValueError: there is none; the message lists what a folder holds instead.
-    """
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise ValueError(f"pairs: expected a parquet file or a folder, got {str(source)!r}")
-    files = sorted(source.rglob("*.parquet"))
-    chosen = [
-        path
-        for path in files
-        if any(part.startswith(split) for part in path.relative_to(source).parts)
-    ]
-    if not chosen:
-        there = sorted({path.name.split("-")[0] for path in files})
-        raise ValueError(
-            f"split: expected parquet files beginning with {split!r} in {str(source)!r}, "
-            f"got {there or 'no parquet file'}"
-        )
-    return chosen
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, bytes, bytes] | str]:
-    """Every row of a parquet file in order: (caption, winner, loser), or why there is none.
-
-    Raises:
-        ValueError: not readable as parquet, or columns missing.
-    """
+    spec = str(spec)
+    expected = "pairs: expected " + ", ".join(kind.description for kind in KINDS)
+    expected += ", or a data set on the hub"
     try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"pairs: expected a parquet file, got {str(path)!r} ({error})") from None
-    with file:
-        columns = set(file.schema_arrow.names)
-        if missing := [name for name in REQUIRED if name not in columns]:
-            raise ValueError(
-                f"pairs: expected columns {list(REQUIRED)}, got {str(path)!r} without {missing}"
-            )
-        wanted = [name for name in (*REQUIRED, "has_label") if name in columns]
-        try:
-            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
-                yield from map(_preference, batch.to_pylist())
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"pairs: cannot read {str(path)!r}: {error}") from None
+        fs, path = _locate(spec)
+        if not spec or not fs.exists(path):
+            raise ValueError(f"{expected}; got {spec!r}, where there is nothing")
+        for kind in KINDS:
+            if kind.recognises(fs, path, split):
+                return kind.open(fs, path, split, limit)
+    except ValueError as error:
+        if re.match(r"[a-z]+: expected", str(error)):  # ours
+            raise
+        raise ValueError(f"{expected}; got {spec!r} ({error})") from None
+    except Exception as error:  # every remote file system raises errors of its own
+        raise ValueError(f"{expected}; got {spec!r} ({type(error).__name__}: {error})") from None
+    raise ValueError(f"{expected}; got {spec!r}, which is none of them")
 
 
-def decode(image: bytes) -> Image.Image:
-    """An RGB image; transparent pixels lie on white.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: it does not decode.
-    """
-    with Image.open(io.BytesIO(image)) as picture:
-        picture.load()
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            return Image.alpha_composite(white, picture).convert("RGB")
-        return picture.convert("RGB")
-
-
-def _preference(row: dict) -> tuple[str, bytes, bytes] | str:
-    """(caption, winner, loser) of a row, or the reason to drop it."""
-    labels = row["label_0"], row["label_1"]
-    if row.get("has_label") is False or None in labels:
-        return "unlabelled"
-    if labels[0] == labels[1]:
-        return "tied"
-    if set(labels) != {0, 1}:
-        return "with labels other than 0 and 1"
-    if row["caption"] is None:
-        return "without a caption"
-    images = [
-        image["bytes"] if isinstance(image, dict) else image
-        for image in (row["jpg_0"], row["jpg_1"])
-    ]
-    if not all(images):
-        return "without an image"
-    winner, loser = images if labels[0] == 1 else reversed(images)
-    return row["caption"], winner, loser
-
-
-def _undecodable(record: tuple[str, bytes, bytes], seen: dict[bytes, str]) -> str:
-    """Why an image of the record does not decode, or ""; each distinct image is tried once."""
-    for image in _images(record):
-        key = hashlib.sha256(image).digest()
-        if key not in seen:
-            try:
-                decode(image)
-                seen[key] = ""
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                seen[key] = f"with an undecodable image ({type(error).__name__})"
-        if seen[key]:
-            return seen[key]
-    return ""
-
-
-def _images(record: tuple[str, bytes, bytes]) -> Iterable[bytes]:
-    return record[1:]
+def _locate(spec: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a spec, and the path there without a slash at its end."""
+    local = os.path.abspath(os.path.expanduser(spec))
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", spec) and not spec.endswith(_SUFFIXES)
+    if is_hub_name and not os.path.exists(local):
+        spec = f"hf://datasets/{spec}"
+    if "://" not in spec:  # not by fsspec: it would read "::" and "*" in a name
+        return LocalFileSystem(), local
+    fs, path = fsspec.url_to_fs(spec)
+    return fs, path.rstrip("/")

@@ -20,7 +20,7 @@ if not __package__:  # run by path: this folder would shadow other modules named
     _parent = os.path.dirname(_folder)
     sys.path[:] = [_parent if os.path.abspath(path) == _folder else path for path in sys.path]
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import diffusers
@@ -29,7 +29,8 @@ import torch.distributed as dist
 import transformers
 
 from dde_fast import checkpoint, config, flops, models
-from dde_fast.cache import PairStream, encode_pairs
+from dde_fast.attention import use_attention
+from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import (
@@ -45,7 +46,9 @@ from dde_fast.engine import (
 from dde_fast.forward import PairForward
 from dde_fast.grids import Grids
 from dde_fast.inputs import Inputs, describe, read_inputs
+from dde_fast.loader import Loader, PairStream
 from dde_fast.metrics import Meter, RunLog
+from dde_fast.prepare import Preparation
 from dde_fast.validation import Validation
 
 
@@ -53,6 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Train as a command line says. What is wrong with it ends in one line and exit code 2."""
     launch_environment()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     diffusers.utils.logging.disable_progress_bar()
     with one_line_errors():
@@ -67,16 +71,19 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     device = start_process()
     with one_line_errors():
         check_json(e)
+        cache = prepared(inputs.pairs)
+        held_out = None if inputs.held_out is None else prepared(inputs.held_out)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     output, saved = Path(c.output), None
 
     # Policy, frozen reference and loss; a continuation takes its state from the checkpoint
     grids = None
     if inputs.grid_prompts:  # the base is sampled before the policy takes its memory
-        options = {"seed": c.seed, "steps": c.grid_steps, "guidance": c.grid_guidance}
-        grids = Grids(inputs.model, inputs.grid_prompts, **options, dtype=e.dtype, device=device)
-    forward, validation, pairs_at_peak = build(c, e, inputs, device)
+        grids = Grids(inputs.model, inputs.grid_prompts, c, e.dtype, device)
+    pairs_at_peak = flops.pairs_at_peak(c, e, inputs.unet, cache, device)
+    forward = build(c, e, inputs, device)
     engine, loss_fn = forward.engine, forward.loss_fn
+    validation = None if held_out is None else Validation(held_out, forward, c, e.micro_batch)
     if inputs.start is not None:
         checkpoint.load(engine, loss_fn, inputs.start)
         saved = inputs.start.path
@@ -92,12 +99,20 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         wandb_project=c.wandb_project,
     )
     meter, stop = Meter(device, len(inputs.alphas_cumprod)), StopSignal()
+    batches = Loader(
+        cache,
+        PairStream(cache.pair_ids, c.seed, c.shuffle_block),
+        slices(e, range(start, c.steps), rank, world_size),
+        seed=c.seed,
+        caption_dropout=c.caption_dropout,
+        device=device,
+        backend=c.backend,
+    )
 
     # The loop
     for step in range(start, c.steps):
         for micro in range(e.accumulation):
-            first = step * e.batch + (micro * world_size + rank) * e.micro_batch
-            out = forward(first, first + e.micro_batch)
+            out = forward(next(batches))
             engine.backward(out.loss)
             meter.observe(out)
             if micro < e.accumulation - 1:
@@ -119,7 +134,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             if validating:
                 with log.aside():
                     metrics["validation"] = validation()
-            log.write(done, metrics, learning_rate)
+            log.write(done, metrics, learning_rate, batches.waited)
         log.advance()
         if saving:
             saved = checkpoint.save(
@@ -139,6 +154,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     # The result: a UNet that diffusers loads, in exact float32
     stop.restore()
     log.close()
+    batches.close()
     if done < c.steps:
         say(f"stopped by a signal and saved {saved}; continue with --resume latest")
     elif rank == 0:
@@ -152,46 +168,37 @@ def due(every: int, done: int, steps: int) -> bool:
     return done % every == 0 or done == steps
 
 
-def build(
-    c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device
-) -> tuple[PairForward, Validation | None, float | None]:
-    """Everything that an optimizer step needs, on the device; what looks at held-out pairs; and
-    the pairs per second at which the devices' arithmetic would be used in full."""
-    # Every image and caption is encoded once; the encoders are freed again
-    encoders = models.Encoders.load(inputs.model, device)
-    tables = [inputs.table] + [inputs.validation] * (inputs.validation is not None)
-    encoded = []
-    for table in tables:
-        latent_size = inputs.unet.config.sample_size
-        encoded.append(encode_pairs(table.pairs, encoders, latent_size=latent_size))
-        table.pairs.clear()
-    data, *held_out = encoded
-    del encoders
+def prepared(pairs: Cache | Preparation) -> Cache:
+    """The cache, encoded now unless it is there; all ranks must call, and share the work."""
+    if isinstance(pairs, Cache):
+        return pairs
+    if pairs.manifest() is None:
+        pairs.encode(dist.get_rank(), dist.get_world_size())
+        dist.barrier()
+        if dist.get_rank() == 0:
+            say(f"cache: {pairs.finish()}")
+        dist.barrier()
+    pairs.encoders = None  # they have done their work
+    return Cache(pairs.folder)
 
-    needs_reference = inputs.loss_fn.objective.needs_reference
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    pairs_at_peak, peak = None, c.peak_tflops or flops.peak_tflops(name, e.dtype)
-    if peak:
-        pairs_at_peak = (
-            1e12
-            * peak
-            * dist.get_world_size()
-            / flops.flops_per_pair(
-                inputs.unet,
-                latent=data.latents.shape[1:],
-                embedding=data.embeddings.shape[1:],
-                reference=needs_reference,
-            )
-        )
 
+def slices(e: EngineConfig, steps: range, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) in the stream of each micro-batch of a rank."""
+    for step in steps:
+        for micro in range(e.accumulation):
+            first = step * e.batch + (micro * world_size + rank) * e.micro_batch
+            yield first, first + e.micro_batch
+
+
+def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device) -> PairForward:
+    """Everything that an optimizer step needs, on the device."""
     engine = start_engine(c, e, inputs.unet)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
-    if needs_reference:
+    if loss_fn.objective.needs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
-    forward = PairForward(c, e, inputs, PairStream(data, c.seed), engine, reference, loss_fn)
-    validation = [Validation(pairs, forward, c, e, inputs) for pairs in held_out]
-    return forward, validation[0] if validation else None, pairs_at_peak
+        use_attention(reference, c.attention, e.dtype, device)
+    return PairForward(c, e, inputs, engine, reference, loss_fn)
 
 
 if __name__ == "__main__":

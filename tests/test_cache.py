@@ -1,17 +1,16 @@
 """Encoding pairs once, and the order they are seen in."""
 
-import io
-
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
-from dde_fast import cache
+from dde_fast import cache, noise
 from dde_fast.cache import PairStream, encode_pairs
 from dde_fast.models import Encoders
-from dde_fast.pairs import Pair, load_pairs
+from dde_fast.pairs import Pair, decode, load_pairs
+
+SHAPE = (4, 4, 4)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +31,11 @@ def table(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(encoders, table):
-    return encode_pairs(table.pairs, encoders, latent_size=4, batch_size=5)
+    return encode_pairs(table.pairs, encoders, latent_shape=SHAPE, batch_size=5)
 
 
 def test_each_distinct_image_and_caption_is_encoded_once(encoders, table, data, monkeypatch):
-    seen: dict[str, list] = {"latents": [], "embeddings": []}
+    seen: dict[str, list] = {"posterior": [], "prompts": []}
     for name in seen:
         encode = getattr(Encoders, name)
 
@@ -45,44 +44,46 @@ def test_each_distinct_image_and_caption_is_encoded_once(encoders, table, data, 
             return encode(self, items, *args)
 
         monkeypatch.setattr(Encoders, name, counting)
-    encode_pairs(table.pairs, encoders, latent_size=4, batch_size=5)
-    assert len(seen["latents"]) == len(set(seen["latents"])) == 12
-    assert seen["embeddings"] == ["", "happy", "sad", "cat face"]
-    assert data.latents.shape == (12, 4, 4, 4) and data.embeddings.shape == (4, 8, 16)
+    encode_pairs(table.pairs, encoders, latent_shape=SHAPE, batch_size=5)
+    assert len(seen["posterior"]) == 12
+    assert seen["prompts"] == ["", "happy", "sad", "cat face"]
+    assert data.mean.shape == data.std.shape == (12, 4, 4, 4)
+    assert data.text["embeddings"].shape == (4, 8, 16)
 
 
-def test_latents_are_the_scaled_mean_of_the_posterior(model, encoders):
-    vae = AutoencoderKL.from_pretrained(model, subfolder="vae")
-    pixels = torch.arange(3 * 8 * 8).reshape(8, 8, 3).to(torch.uint8)
-    image = Image.fromarray(pixels.numpy())
-    expected = vae.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean
-    found = encoders.latents([_png(image)], 4)
-    torch.testing.assert_close(found, expected.detach() * vae.config.scaling_factor)
-
-
-def test_other_sizes_are_scaled_and_cropped_at_the_centre(encoders):
+def test_other_sizes_are_scaled_and_cropped_at_the_centre():
     wide = Image.new("RGB", (64, 16), "black")
     wide.paste("white", (24, 0, 40, 16))  # the central square
-    white = encoders.latents([_png(Image.new("RGB", (8, 8), "white"))], 4)
-    torch.testing.assert_close(encoders.latents([_png(wide)], 4), white, rtol=0, atol=0.05)
-    assert encoders.latents([_png(wide)], (4, 8)).shape == (1, 4, 4, 8)
+    assert (cache._pixels(wide, (8, 8)) > 0.8).all()
+    assert cache._pixels(wide, (16, 8)).shape == (3, 8, 16)
 
 
-def test_embeddings_are_those_of_the_pipeline(model, encoders):
-    pipeline = StableDiffusionPipeline.from_pretrained(model)
-    expected, _ = pipeline.encode_prompt("cat face", "cpu", 1, False)
-    torch.testing.assert_close(encoders.embeddings(["cat face"]), expected)
+def test_a_batch_has_winners_first_and_drops_captions(data, table, encoders):
+    whole = PairStream(data, seed=0, caption_dropout=0.5).batch(0, 12)
+    assert whole.pooled is None and whole.time_ids is None
+    assert whole.pair_ids.sort().values.tolist() == list(range(12))
+    assert whole.epochs.tolist() == [0] * 12
+    draws = noise.pair_noise((3, *SHAPE), seed=0, pair_ids=whole.pair_ids, draw=0)
+    dropped = 0
+    for i, number in enumerate(whole.pair_ids.tolist()):
+        pair = table.pairs[number]
+        for image, at, drawn in ((pair.winner, i, 1), (pair.loser, i + 12, 2)):
+            mean, std = encoders.posterior(cache._pixels(decode(image), (8, 8))[None])
+            expected = mean[0] + std[0] * draws[i, drawn]
+            torch.testing.assert_close(whole.latents[at], expected, rtol=1e-4, atol=1e-5)
+        own, empty = encoders.prompts([pair.caption, ""])["embeddings"]
+        is_empty = torch.allclose(whole.embeddings[i], empty, atol=1e-5)
+        assert is_empty or torch.allclose(whole.embeddings[i], own, atol=1e-5)
+        dropped += is_empty
+    assert 0 < dropped < 12
 
 
-def test_take_puts_winners_first_and_drops_captions(data, table, encoders):
-    index = torch.tensor([3, 0])
-    latents, embeddings = data.take(index, torch.tensor([False, True]))
-    pairs = [table.pairs[3], table.pairs[0]]
-    images = [pair.winner for pair in pairs] + [pair.loser for pair in pairs]
-    torch.testing.assert_close(latents, encoders.latents(images, 4), rtol=1e-5, atol=1e-6)
-    expected = encoders.embeddings([pairs[0].caption, ""])
-    torch.testing.assert_close(embeddings, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(data.pair_ids, torch.arange(12))
+def test_each_epoch_draws_other_latents(data):
+    stream = PairStream(data, seed=0)
+    first, second = stream.batch(0, 12), stream.batch(12, 24)
+    assert second.epochs.tolist() == [1] * 12
+    a, b = first.pair_ids.argsort(), second.pair_ids.argsort()
+    assert (first.latents[a] != second.latents[b]).all()
 
 
 def test_every_epoch_is_another_permutation(data):
@@ -104,7 +105,7 @@ def test_the_stream_does_not_depend_on_how_it_is_sliced(data):
 
 
 def test_the_order_follows_pair_ids_not_rows(data, table, encoders):
-    flipped = encode_pairs(table.pairs[::-1], encoders, latent_size=4)
+    flipped = encode_pairs(table.pairs[::-1], encoders, latent_shape=SHAPE)
     ids = [d.pair_ids[PairStream(d, seed=0)[0:12][0]].tolist() for d in (data, flipped)]
     assert ids[0] == ids[1]
 
@@ -117,21 +118,15 @@ def test_ranks_share_the_encoding(encoders, table, data, monkeypatch):
         monkeypatch.setattr(cache.dist, "get_rank", lambda rank=rank: rank)
         monkeypatch.setattr(cache.dist, "get_world_size", lambda: 2)
         monkeypatch.setattr(cache.dist, "all_reduce", tables[rank].append)
-        encode_pairs(table.pairs, encoders, latent_size=4, batch_size=5)
-    (latents_0, embeddings_0), (latents_1, embeddings_1) = tables.values()
-    assert torch.equal(latents_0 + latents_1, data.latents)
-    assert torch.equal(embeddings_0 + embeddings_1, data.embeddings)
+        encode_pairs(table.pairs, encoders, latent_shape=SHAPE, batch_size=5)
+    (latents_0, _, _, embeddings_0), (latents_1, _, _, embeddings_1) = tables.values()
+    assert torch.equal(latents_0 + latents_1, data.mean)
+    assert torch.equal(embeddings_0 + embeddings_1, data.text["embeddings"])
     assert not embeddings_1.any()  # one batch of captions: rank 0's
     assert latents_1[5:10].any() and not latents_1[:5].any()
 
 
 def test_one_pair_is_enough(encoders):
-    data = encode_pairs([Pair("a", tiny.png(0), tiny.png(1), 9)], encoders, latent_size=4)
+    data = encode_pairs([Pair("a", tiny.png(0), tiny.png(1), 9)], encoders, latent_shape=SHAPE)
     pairs, epochs = PairStream(data, seed=0)[0:3]
     assert pairs.tolist() == [0, 0, 0] and epochs.tolist() == [0, 1, 2]
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "png")
-    return file.getvalue()

@@ -19,10 +19,9 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dde_fast import config, metrics, noise, ops, train
-from dde_fast.cache import encode_pairs
+from dde_fast.cache import Cache
+from dde_fast.inputs import open_pairs
 from dde_fast.loss import PreferenceLoss
-from dde_fast.models import Encoders
-from dde_fast.pairs import load_pairs
 
 
 def plain(args: list[str]) -> None:
@@ -35,8 +34,13 @@ def plain(args: list[str]) -> None:
         False
     )
     loss_fn = PreferenceLoss.from_scheduler(scheduler, c.objective, beta=c.beta)
-    encoders = Encoders.load(c.model, torch.device("cpu"))
-    data = encode_pairs(load_pairs(c.pairs).pairs, encoders, latent_size=4)
+    preparation = open_pairs(c, c.pairs, c.split, c.limit)
+    preparation.run()
+    data = Cache(preparation.folder)
+    everything = data.gather(torch.arange(len(data)), torch.zeros(len(data), dtype=torch.bool))
+    mean, std, sizes = (
+        x.float().chunk(2) for x in (everything.mean, everything.std, everything.sizes)
+    )
     optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, eps=c.adam_eps)
     probabilities, losses = loss_fn.timestep_probabilities(0, c.timestep_high), []
     stream = []
@@ -47,8 +51,8 @@ def plain(args: list[str]) -> None:
         pairs, epochs = torch.tensor(stream[step * batch : (step + 1) * batch]).T.contiguous()
         key = {"seed": c.seed, "pair_ids": data.pair_ids[pairs], "draw": epochs}
         drop = noise.pair_uniform(1, **key) <= c.caption_dropout
-        captions = torch.where(drop, 0, data.captions[pairs])
-        latents = data.latents[torch.cat([data.winners[pairs], data.losers[pairs]])]
+        draws = noise.pair_noise((3, 4, 4, 4), **key)
+        latents = torch.cat([mean[i][pairs] + std[i][pairs] * draws[:, 1 + i] for i in (0, 1)])
         t = noise.sample_timesteps(probabilities, **key)
         noisy, eps = noise.add_noise(latents, t, scheduler.alphas_cumprod, **key)
         both = torch.cat([eps, eps])
@@ -57,8 +61,20 @@ def plain(args: list[str]) -> None:
             "v_prediction": scheduler.get_velocity(latents, both, torch.cat([t, t])),
             "sample": latents,
         }[scheduler.config.prediction_type]
-        inputs = (noisy, torch.cat([t, t]), data.embeddings[torch.cat([captions, captions])])
-        out = loss_fn(policy(*inputs).sample, reference(*inputs).sample, target, t)
+        texts = {
+            name: torch.where(
+                drop.view(-1, *[1] * empty.dim()), empty, getattr(everything, name)[pairs]
+            )
+            for name, empty in data.empty.items()
+        }
+        texts = {name: torch.cat([rows, rows]).float() for name, rows in texts.items()}
+        inputs = {"sample": noisy, "timestep": torch.cat([t, t])}
+        inputs["encoder_hidden_states"] = texts["embeddings"]
+        if "pooled" in texts:
+            sides = torch.full((2 * len(pairs), 2), 8.0)
+            ids = torch.cat([torch.cat([half[pairs] for half in sizes]), sides], dim=1)
+            inputs["added_cond_kwargs"] = {"text_embeds": texts["pooled"], "time_ids": ids}
+        out = loss_fn(policy(**inputs).sample, reference(**inputs).sample, target, t)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         for group in optimizer.param_groups:

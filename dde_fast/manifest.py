@@ -1,0 +1,190 @@
+"""What a prepared cache consists of, and the manifest that says so.
+
+    settings.json               what it is made from and how; its hash is the cache's fingerprint
+    prompts-00000.safetensors   embeddings [n, L, D] and, for SDXL, pooled [n, P]; row 0 of the
+                                first is the empty caption
+    images-00000.safetensors    mean and std [n, C, h, w] of the VAE's posterior, sizes [n, 4]
+    pairs.safetensors           pair_ids, winners, losers, prompts: int64 [pairs]
+    rejected.jsonl              every pair left out, with its reason
+    manifest.json               counts, versions, size and SHA-256 of each shard; written last
+
+Each distinct image and prompt has one row; a pair is three row numbers. Rows are numbered through
+the shards, all of the same number of rows but the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dde_fast.shards import Shard, open_shard, write_file, write_shard
+
+FORMAT = 1
+MANIFEST, SETTINGS, PAIRS, REJECTED = (
+    "manifest.json",
+    "settings.json",
+    "pairs.safetensors",
+    "rejected.jsonl",
+)
+COLUMNS = ("pair_ids", "winners", "losers", "prompts")
+EMPTY_CAPTION = 0
+"""Row of the empty caption."""
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """SHA-256 of a cache's settings: equal for caches that hold the same pairs."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def shard_names(kind: str, rows: int, shard_size: int) -> list[str]:
+    """Names of the shards that hold so many rows of "images" or "prompts"."""
+    return [f"{kind}-{i:05d}.safetensors" for i in range(-(-rows // shard_size))]
+
+
+def describe(counts: Mapping[str, int], rejected: Mapping[str, int]) -> str:
+    """Counts of pairs, images and prompts, and of what was left out, in words."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+    text = "{pairs} pairs of {images} images and {prompts} prompts".format(**counts)
+    return text + (f" (left out: {reasons})" if reasons else "")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished cache says of itself."""
+
+    settings: dict[str, Any]
+    counts: dict[str, int]
+    """images, prompts, pairs."""
+    rejected: dict[str, int]
+    """Reason -> pairs left out."""
+    shards: dict[str, list]
+    """Name -> [bytes, sha256]."""
+    versions: dict[str, str]
+    made_from: dict[str, str]
+    """The names of model and pairs, for a reader; what counts are their hashes in the settings."""
+    fingerprint: str
+    format: int = FORMAT
+
+    def __str__(self) -> str:
+        size = sum(size for size, _ in self.shards.values())
+        text = describe(self.counts, self.rejected)
+        return f"{text}, {tqdm.format_sizeof(size, 'iB', 1024)}"
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Manifest:
+        """Read and check a manifest.
+
+        Raises:
+            ValueError: it is of another format, or contradicts itself.
+        """
+        try:
+            record = json.loads(text)
+            if record["format"] != FORMAT:
+                raise ValueError(
+                    f"cache: expected format {FORMAT} in {where!r}, got {record['format']!r}: "
+                    "prepare again with this version"
+                )
+            manifest = cls(**record)
+            sound = manifest._is_sound()
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError,
+                ZeroDivisionError) as error:  # fmt: skip
+            raise ValueError(
+                f"cache: expected a manifest in {where!r}, got a damaged one "
+                f"({type(error).__name__}: {error}); prepare again"
+            ) from None
+        if not sound:
+            raise ValueError(
+                f"cache: expected a manifest in {where!r}, got one that contradicts itself; "
+                "prepare again"
+            )
+        return manifest
+
+    def _is_sound(self) -> bool:
+        """Whether its parts agree; raises what Python does where one is missing or of no use."""
+        rows, size = self.counts, self.settings["shard_size"]
+        numbers = [*rows.values(), size, self.settings["height"], self.settings["width"]]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            return False
+        kinds = ("images", "prompts")
+        if 1 + sum(-(-rows[kind] // size) for kind in kinds) != len(self.shards):
+            return False
+        names = {PAIRS}.union(*(shard_names(kind, rows[kind], size) for kind in kinds))
+        return (
+            self.fingerprint == fingerprint_of(self.settings)
+            and self.shards.keys() == names  # so no name leads out of the folder
+            and all(
+                type(size) is int and re.fullmatch("[0-9a-f]{64}", sha256)
+                for size, sha256 in self.shards.values()
+            )
+            and self.settings["dtype"] in DTYPES
+            and isinstance(self.settings["encoders"], dict)
+            and isinstance(self.made_from["model"], str)
+            and str(self) != ""
+        )
+
+
+def write_index(
+    folder: Path,
+    *,
+    settings: dict[str, Any],
+    shards: Mapping[str, Shard],
+    columns: Mapping[str, Tensor],
+    counts: dict[str, int],
+    rejected: Iterable[dict[str, Any]],
+    reasons: dict[str, int],
+    made_from: dict[str, str],
+) -> Manifest:
+    """Finish a cache whose shards are all there: pairs, what was rejected and, last, the manifest.
+
+    Args:
+        folder: of the cache.
+        settings: what its content follows from.
+        shards: the finished ones by name.
+        columns: of `pairs.safetensors`.
+        counts: rows of images, prompts and pairs.
+        rejected: a record for each pair left out.
+        reasons: how often each reason is among them.
+        made_from: names of model and pairs.
+    """
+    fingerprint = fingerprint_of(settings)
+    write_shard(folder / PAIRS, dict(columns), fingerprint, {})
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
+    write_file(folder / REJECTED, "".join(lines).encode(errors="replace"))
+    every = {**shards, PAIRS: open_shard(folder / PAIRS)}
+    manifest = Manifest(
+        settings=settings,
+        counts=counts,
+        rejected=reasons,
+        shards={name: [shard.size, shard.sha256] for name, shard in every.items()},
+        versions=versions(),
+        made_from=made_from,
+        fingerprint=fingerprint,
+    )
+    write_file(folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def versions() -> dict[str, str]:
+    """Of what a cache's content depends on."""
+    packages = ("dde-fast", "torch", "diffusers", "transformers", "safetensors", "pillow")
+    found = {name: metadata.version(name) for name in packages}
+    return found | {"python": platform.python_version()}

@@ -1,0 +1,174 @@
+"""Models of the three kinds: what is encoded, from which files, and what is refused."""
+
+import shutil
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+from dde_fast import models
+from dde_fast.attention import ATTENTION, use_attention
+from dde_fast.models import Encoders
+
+CPU = torch.device("cpu")
+MAKE = {"sd": tiny.make_model, "v": tiny.make_v_model, "sdxl": tiny.make_sdxl_model}
+CAPTIONS = ["cat face", "", "a caption that is longer than the encoder reads"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict:
+    return {name: make(tmp_path_factory.mktemp("models") / name) for name, make in MAKE.items()}
+
+
+@pytest.fixture(scope="module")
+def encoders(made) -> dict:
+    return {name: Encoders.load(str(path), CPU) for name, path in made.items()}
+
+
+def pixels(count: int = 3) -> torch.Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_prompts_are_the_pipelines(made, encoders, name):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(made[name])
+    found = encoders[name].prompts(CAPTIONS)
+    for i, caption in enumerate(CAPTIONS):
+        encoded = pipeline.encode_prompt(
+            caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        # what guidance samples against where there is no caption
+        chosen = (encoded[0], encoded[2:3]) if caption else (encoded[1], encoded[3:4])
+        torch.testing.assert_close(found["embeddings"][i : i + 1], chosen[0])
+        for pooled in chosen[1]:
+            torch.testing.assert_close(found["pooled"][i : i + 1], pooled)
+    assert ("pooled" in found) == (name == "sdxl")
+    assert found["embeddings"][1].any() == (name != "sdxl")
+
+
+def test_an_empty_caption_is_encoded_where_the_pipeline_does_so(tmp_path):
+    model = tiny.make_sdxl_model(tmp_path / "model", force_zeros_for_empty_prompt=False)
+    found = Encoders.load(model, CPU).prompts([""])
+    assert found["embeddings"].any() and found["pooled"].any()
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_posterior_is_what_the_pipeline_decodes(made, encoders, name):
+    vae = diffusers.AutoencoderKL.from_pretrained(made[name], subfolder="vae")
+    expected = vae.encode(pixels()).latent_dist
+    mean, std = encoders[name].posterior(pixels())
+    scale = {"sdxl": 0.13025}.get(name, 0.18215)
+    torch.testing.assert_close(mean, expected.mean * scale)
+    torch.testing.assert_close(std, expected.std * scale)
+    assert mean.shape == (3, *encoders[name].latent_shape(models.load_unet(made[name]).config))
+    assert encoders[name].scale == 2
+
+
+def test_a_vae_with_statistics_is_shifted_as_sdxl_decodes(tmp_path):
+    model = tiny.make_sdxl_model(tmp_path / "model")
+    encoders = Encoders.load(model, CPU)
+    plain, _ = encoders.posterior(pixels())
+    shift, spread = [1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 2.0, 4.0]
+    encoders.vae.register_to_config(latents_mean=shift, latents_std=spread)
+    mean, _ = encoders.posterior(pixels())
+    column = lambda values: torch.tensor(values).reshape(1, -1, 1, 1)  # noqa: E731
+    # diffusers decodes latents · std / scaling + mean
+    torch.testing.assert_close(
+        mean * column(spread) / 0.13025 + column(shift), plain / 0.13025, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_overflow_is_named(made):
+    encoders = Encoders.load(made["sdxl"], CPU)
+    bad = pixels()
+    bad[1] = torch.inf
+    with pytest.raises(ValueError, match=r"expected finite latents from its VAE, .* at \[1\]"):
+        encoders.posterior(bad)
+    encoders.text_encoders[1].text_projection.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="expected finite text embeddings.*pooled"):
+        encoders.prompts(["cat"])
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_identity_tells_encoders_apart(made, encoders, name, tmp_path):
+    found = encoders[name].identity()
+    parts = {"vae", "tokenizer", "text_encoder"}
+    assert set(found) == parts | ({"tokenizer_2", "text_encoder_2"} if name == "sdxl" else set())
+    shutil.copytree(made[name], tmp_path / "copy")
+    other = Encoders.load(tmp_path / "copy", CPU)
+    assert other.identity() == found
+    with torch.no_grad():
+        other.text_encoders[-1].get_input_embeddings().weight.add_(0.1)
+    other.tokenizers[0].model_max_length = 4
+    other.vae.register_to_config(scaling_factor=0.5)
+    changed = {part for part, value in other.identity().items() if value != found[part]}
+    assert changed == {"vae", "tokenizer", "text_encoder" + "_2" * (name == "sdxl")}
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_half_precision_files_load_in_float32(made, name, tmp_path):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(made[name], torch_dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half").rglob("*model.safetensors"))
+    unet = models.load_unet(tmp_path / "half")
+    exact = models.load_unet(made[name])
+    for key, value in unet.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, exact.state_dict()[key].half().float())
+    encoders = Encoders.load(tmp_path / "half", CPU)
+    assert all(p.dtype == torch.float32 for p in encoders.vae.parameters())
+
+
+def test_pickled_weights_are_refused(made, tmp_path):
+    shutil.copytree(made["sd"], tmp_path / "model")
+    (tmp_path / "model/unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save(
+        models.load_unet(made["sd"]).state_dict(),
+        tmp_path / "model/unet/diffusion_pytorch_model.bin",
+    )
+    with pytest.raises(OSError, match="safetensors"):
+        models.load_unet(tmp_path / "model")
+
+
+def test_other_pipelines_are_refused(made, tmp_path):
+    shutil.copytree(made["sd"], tmp_path / "model")
+    index = tmp_path / "model/model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    with pytest.raises(ValueError, match="model: expected .*StableDiffusionXLPipeline.* FluxPipe"):
+        models.locate(tmp_path / "model")
+    index.write_text("{")
+    with pytest.raises(ValueError, match="model: expected a diffusers directory"):
+        models.locate(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_every_attention_gives_the_same(made, name):
+    unet = models.load_unet(made[name])
+    inputs = {
+        "sample": torch.randn(2, 4, 4, 4),
+        "timestep": torch.tensor([3, 900]),
+        "encoder_hidden_states": torch.randn(2, 8, unet.config.cross_attention_dim),
+        "added_cond_kwargs": {"text_embeds": torch.randn(2, 12), "time_ids": torch.ones(2, 6)},
+    }
+    expected = unet(**inputs).sample
+    for attention in ATTENTION.keys() - {"xformers"}:
+        use_attention(unet, attention, torch.float32, CPU)
+        kinds = {type(processor).__name__ for processor in unet.attn_processors.values()}
+        torch.testing.assert_close(unet(**inputs).sample, expected, rtol=1e-4, atol=1e-5)
+        assert kinds == {
+            {"eager": "AttnProcessor", "sdpa": "AttnProcessor2_0", "flash": "FlashAttnProcessor"}[
+                attention
+            ]
+        }
+
+
+def test_attention_that_cannot_be_served_is_named(made):
+    unet = models.load_unet(made["sd"])
+    with pytest.raises(ValueError, match="attention: expected one of .*sdpa.*, got 'paged'"):
+        use_attention(unet, "paged", torch.float32, CPU)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="runs here in torch.float32 on cpu, got 'xformers'"):
+            use_attention(unet, "xformers", torch.float32, CPU)
+    with pytest.raises(ValueError, match="runs here in torch.int64 on cpu, got 'flash'"):
+        use_attention(unet, "flash", torch.int64, CPU)
