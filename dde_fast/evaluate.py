@@ -15,29 +15,25 @@ import platform
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
 import dde_fast
-from dde_fast import embedded
+from dde_fast import embedded, models
 from dde_fast.config import parse_command_line
 from dde_fast.noise import pair_noise
 from dde_fast.report import format_table, grid
 from dde_fast.rewards import REWARDS, load_reward
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 DEFAULT_REWARDS = {
     "faces": ["human_score", "prompt_match", "distinct"],
@@ -138,29 +134,24 @@ def model_folder(model: str, *, unet_allowed: bool) -> Path:
     )
 
 
-def load_pipeline(
-    base: str, model: str, device: torch.device, dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline:
-    """A pipeline with a DDIM sampler.
+def load_pipeline(base: str, model: str, device: torch.device) -> DiffusionPipeline:
+    """A pipeline of Stable Diffusion or SDXL in float32 with a DDIM sampler.
 
     `model` is "embedded", a pipeline directory, or a UNet directory that replaces the base's UNet.
     """
-    # imported here: it brings image processors that take seconds and warn
-    from diffusers import StableDiffusionPipeline
+    folder, parts = model_folder(model, unet_allowed=True), {}
+    if not (folder / "model_index.json").is_file():
+        parts["unet"] = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+        folder = model_folder(base, unet_allowed=False)
+    return ddim_pipeline(str(folder), **parts).to(device)
 
-    folder = model_folder(model, unet_allowed=True)
-    parts: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
-    parts["torch_dtype"] = dtype
-    with warnings.catch_warnings():
-        # its new name, `dtype`, is unknown to the oldest diffusers that this package supports
-        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        if not (folder / "model_index.json").is_file():
-            parts["unet"] = UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype)
-            folder = model_folder(base, unet_allowed=False)
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, **parts)
+
+def ddim_pipeline(model: str, **parts: Any) -> DiffusionPipeline:
+    """As `models.load_pipeline`, with a DDIM sampler and without its progress bar."""
+    pipeline = models.load_pipeline(model, **parts)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 def model_hash(base: str, model: str) -> str:
@@ -202,7 +193,7 @@ def read_prompts(prompts: str, samples: int, argument: str = "prompts") -> list[
 
 @torch.no_grad()
 def sample(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: list[str],
     *,
     seed: int,
@@ -218,8 +209,7 @@ def sample(
     are the images' i, 0 … N-1 by default.
     """
     numbers = torch.tensor(range(len(prompts)) if indices is None else indices)
-    config = pipeline.unet.config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
+    shape = models.latent_shape(pipeline.unet.config)
     images = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]

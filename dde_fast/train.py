@@ -59,6 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # else it reports casts that change nothing
     with one_line_errors():
         settings = config.parse(args)
         engine_config = read_engine_config(settings, int(os.environ["WORLD_SIZE"]))

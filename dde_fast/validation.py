@@ -43,13 +43,19 @@ class Validation:
         self.cache, self.forward, self.c = cache, forward, c
         self.device = forward.alphas_cumprod.device
         self.stream = HeldOut(cache.pair_ids, c.seed)
-        total, rank, world_size = c.validation_draws * len(cache), dist.get_rank(), dist.get_world_size()
+        total, rank, world_size = (
+            c.validation_draws * len(cache),
+            dist.get_rank(),
+            dist.get_world_size(),
+        )
         starts = range(0, total, micro_batch)
         rounds = -(-len(starts) // world_size)
         # where weights are split over ranks all must take part in each forward
         own = [starts[i % len(starts)] for i in range(rank, rounds * world_size, world_size)]
         self.slices = [(start, min(start + micro_batch, total)) for start in own]
-        self.counted = [float(i < len(starts)) for i in range(rank, rounds * world_size, world_size)]
+        self.counted = [
+            float(i < len(starts)) for i in range(rank, rounds * world_size, world_size)
+        ]
         self.meter = Meter(self.device, len(forward.alphas_cumprod))
 
     @torch.no_grad()

@@ -38,6 +38,19 @@ def test_a_preset_is_a_start_that_flags_override():
     assert parse(["--preset=style", "--pairs=faces"]).pairs == "faces"
 
 
+@pytest.mark.parametrize(("name", "steps"), [("sd15", 2000), ("sdxl", 1500)])
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+def test_the_papers_presets_have_the_papers_numbers(monkeypatch, name, steps, ranks):
+    monkeypatch.chdir(ROOT)
+    parsed = parse(["--preset", name])
+    assert (parsed.objective, parsed.beta, parsed.steps) == ("dde", 5000, steps)
+    assert (parsed.learning_rate, parsed.ratio_decay) == (2.05e-5, 0.9)
+    assert (parsed.timestep_low, parsed.timestep_high) == (0, None)
+    assert parsed.output == f"outputs/{name}-dde"
+    ds = read_engine_config(parsed, ranks)
+    assert (ds.batch, ds.dtype) == (2048, torch.bfloat16)
+
+
 def test_dashes_and_underscores_and_equals():
     for args in (
         ["--deepspeed_config", "a.json", "--learning_rate=1e-3", "--local_rank=3"],

@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from dde_fast import embedded, evaluate
@@ -82,6 +84,22 @@ def test_images_depend_on_seed_and_index_not_on_the_batch(pipeline):
     assert torch.allclose(whole[:2], sample(5, 5, prompts[:2]), atol=1e-4)
     assert (whole - sample(6, 5)).abs().mean() > 0.01
     assert (whole[0] - whole[3]).abs().mean() > 0.01  # same prompt, other index
+
+
+def test_sdxl_is_sampled_and_a_unet_put_into_it(tmp_path):
+    model = tiny.make_sdxl_model(tmp_path / "model")
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    with torch.no_grad():
+        unet.conv_out.bias += 0.3
+    unet.save_pretrained(tmp_path / "unet")
+    images = []
+    for name in ("model", "unet"):
+        pipeline = evaluate.load_pipeline(str(model), str(tmp_path / name), CPU)
+        prompts = ["happy", "sad", "happy"]
+        images.append(evaluate.sample(pipeline, prompts, seed=1, steps=2, guidance=2.0, batch=2))
+    assert images[0].shape == (3, 3, 8, 8)
+    assert not torch.equal(images[0][0], images[0][2])
+    assert (images[0] - images[1]).abs().max() > 1e-3
 
 
 def test_the_sampler_is_plain_ddim(pipeline):

@@ -7,7 +7,9 @@ import tiny
 import torch
 
 from dde_fast import grids
+from dde_fast.config import TrainConfig
 from dde_fast.grids import Grids
+from dde_fast.models import load_unet
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +24,10 @@ def test_random_numbers_mode_and_weights_stay(tmp_path, dtype):
     model = tiny.make_model(tmp_path / "model")
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    options = {"seed": 0, "steps": 2, "guidance": 2.0, "dtype": dtype}
-    pictures = Grids(str(model), ["happy", "sad"], **options, device=torch.device("cpu"))
+    settings = TrainConfig(grid_steps=2)
+    pictures = Grids(str(model), ["happy", "sad"], settings, dtype, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
-    unet = grids.evaluate.load_pipeline(str(model), str(model), torch.device("cpu"), dtype).unet
+    unet = load_unet(str(model), dtype)
     state = torch.get_rng_state()
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     modes = []

@@ -164,10 +164,16 @@ def test_throughput_leaves_out_what_is_done_aside(tmp_path):
     with log.aside():
         time.sleep(0.5)
     log.write(1, {"loss": 1.0}, 1e-4)
+    time.sleep(0.2)
+    log.write(2, {"loss": 1.0}, 1e-4, waited=0.1)
+    log.write(3, {"loss": 1.0}, 1e-4, waited=0.1)
     log.close()
-    (record,) = records(tmp_path)
-    assert record["pairs_per_second"] > 4 / 0.4
-    assert record["mfu"] == pytest.approx(record["pairs_per_second"] / 1000.0)
+    first, second, third = records(tmp_path)
+    assert first["pairs_per_second"] > 4 / 0.4
+    assert first["mfu"] == pytest.approx(first["pairs_per_second"] / 1000.0)
+    # 0.1 s waited of the 0.2 s and more that the step took
+    assert second["data_wait"] == pytest.approx(0.1 * second["pairs_per_second"] / 4)
+    assert 0 < second["data_wait"] <= 0.5 and first["data_wait"] == third["data_wait"] == 0
 
 
 def test_a_picture_is_kept_and_shown(tmp_path):

@@ -3,9 +3,11 @@
 import shutil
 
 import diffusers
+import original
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from dde_fast import models
 from dde_fast.attention import ATTENTION, use_attention
@@ -172,3 +174,72 @@ def test_attention_that_cannot_be_served_is_named(made):
             use_attention(unet, "xformers", torch.float32, CPU)
     with pytest.raises(ValueError, match="runs here in torch.int64 on cpu, got 'flash'"):
         use_attention(unet, "flash", torch.int64, CPU)
+
+
+@pytest.fixture(scope="module")
+def single(made, tmp_path_factory) -> dict:
+    """The models as original single files, and their configurations without weights."""
+    found = {}
+    for name, path in made.items():
+        folder = tmp_path_factory.mktemp(name)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(path)
+        file = original.write(pipeline, folder / "weights.safetensors")
+        shutil.copytree(path, folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+        found[name] = f"{file}+{folder / 'configs'}"
+    return found
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_single_file_holds_the_same_model(made, single, encoders, name):
+    exact = models.load_unet(made[name]).state_dict()
+    found = models.load_unet(single[name]).state_dict()
+    assert exact.keys() == found.keys()
+    for key, value in found.items():
+        assert value.dtype == torch.float32 and torch.equal(value, exact[key].half().float()), key
+    from_file = Encoders.load(single[name], CPU)
+    for ours, theirs in zip(
+        from_file.posterior(pixels()), encoders[name].posterior(pixels()), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+    encoded, expected = from_file.prompts(CAPTIONS), encoders[name].prompts(CAPTIONS)
+    assert encoded.keys() == expected.keys()
+    for key, value in encoded.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-2, atol=1e-2)
+    assert (
+        models.load_scheduler(single[name]).config.prediction_type
+        == models.load_scheduler(made[name]).config.prediction_type
+    )
+
+
+def test_a_single_file_that_fits_other_configurations_is_refused(single):
+    (sd, _), (_, sdxl) = (single[name].split("+") for name in ("sd", "sdxl"))
+    with pytest.raises(ValueError, match="model: "):
+        models.load_unet(f"{sd}+{sdxl}")
+    with pytest.raises(ValueError, match="expected a .safetensors file, got 'away.safetensors'"):
+        models.locate("away.safetensors+configs")
+
+
+def test_a_single_file_without_a_part_is_refused(single, tmp_path):
+    file, configs = single["sd"].split("+")
+    state = load_file(file)
+    del state["model.diffusion_model.out.2.weight"]
+    save_file(state, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match="expected a file with every weight of the StableDiff"):
+        models.load_unet(f"{tmp_path / 'part.safetensors'}+{configs}")
+    del state["cond_stage_model.transformer.text_model.final_layer_norm.weight"]
+    save_file(state, tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match="expected a file with every weight of the StableDiff"):
+        Encoders.load(f"{tmp_path / 'text.safetensors'}+{configs}", CPU)
+
+
+def test_a_single_file_alone_asks_for_the_published_configurations(single, monkeypatch):
+    asked = []
+
+    def offline(name, **options):
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
+    with pytest.raises(ValueError, match=r"without a network name one .*\+DIRECTORY \(no network"):
+        models.locate(single["sd"].split("+")[0])
+    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]

@@ -31,12 +31,10 @@ from train_runs import (
 )
 
 from dde_fast import checkpoint, evaluate, noise
-from dde_fast.cache import encode_pairs
+from dde_fast.cache import Cache
 from dde_fast.loss import PreferenceLoss
 from dde_fast.metrics import OF_THE_MACHINE, tags
-from dde_fast.models import Encoders
 from dde_fast.objectives import OBJECTIVES
-from dde_fast.pairs import load_pairs
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,8 @@ def watching(folder: Folder) -> dict:
 @pytest.fixture(scope="module")
 def alone(folder) -> Folder:
     """Everything that one rank can be asked to do."""
-    v_model = tiny.make_model(folder.path / "v_model", "v_prediction")
+    v_model = tiny.make_v_model(folder.path / "v_model", rescale_betas_zero_snr=True)
+    xl_model = tiny.make_sdxl_model(folder.path / "xl_model")
     x_model = tiny.make_model(folder.path / "x_model", "sample")
     adamw = {
         "type": "AdamW",
@@ -68,8 +67,10 @@ def alone(folder) -> Folder:
         {"args": folder.args("plain"), "plain": True},
         {"args": folder.args("plain_v", model=v_model), "plain": True},
         {"args": folder.args("plain_x", model=x_model), "plain": True},
+        {"args": folder.args("plain_xl", model=xl_model), "plain": True},
         {"args": folder.args("v", model=v_model)},
         {"args": folder.args("x", model=x_model)},
+        {"args": [*folder.args("xl", ds=stage(2), model=xl_model), "--gradient_checkpointing"]},
         {"args": [*folder.args("checkpointing", ds=stage(1)), "--gradient_checkpointing"]},
         {"args": folder.args("split", ds=stage(1, **HALF, gradient_accumulation_steps=2))},
         {"args": folder.args("json", ds=stage(1, optimizer=adamw))},
@@ -117,10 +118,25 @@ def test_every_zero_stage_is_the_plain_loop(alone, name):
     torch.testing.assert_close(alone.ratios(name), alone.ratios("plain"), rtol=1e-4, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["v", "x"])
-def test_other_prediction_types_are_the_plain_loop(alone, name):
+@pytest.mark.parametrize("name", ["v", "x", "xl"])
+def test_other_models_are_the_plain_loop(alone, name):
+    """SD 2.1 with v-prediction, `sample` prediction, SDXL."""
     assert (alone.losses(name) - alone.losses(f"plain_{name}")).abs().max() < 1e-6
-    assert alone.distance(name, f"plain_{name}") < 5e-4
+    assert alone.distance(name, f"plain_{name}", f"{name}_model") < 5e-4
+
+
+@pytest.mark.parametrize("name", ["v", "xl"])
+def test_their_pipelines_take_the_trained_unet(alone, name):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(alone.path / name / "unet")
+    model = alone.path / f"{name}_model"
+    images = []
+    for parts in ({}, {"unet": unet}):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **parts)
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+        latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        images.append(pipeline("happy", num_inference_steps=2, latents=latents, output_type="np"))
+    before, after = (torch.from_numpy(out.images) for out in images)
+    assert before.shape == (1, 8, 8, 3) and not torch.equal(before, after)
 
 
 def test_training_moves_the_loss(alone):
@@ -210,7 +226,7 @@ def test_a_run_leaves_everything_it_promises(alone):
     assert list((run / "tensorboard").glob("events*"))
     expected = "step loss grad_norm implicit_accuracy logit logit_size margin policy_win_error "
     expected += "policy_lose_error reference_win_error reference_lose_error by_timestep "
-    expected += "learning_rate pairs_per_second memory_gib"
+    expected += "learning_rate pairs_per_second data_wait memory_gib"
     record = alone.metrics("zero1")[-1]
     assert list(record) == expected.split()
     assert record["learning_rate"] == 1e-3
@@ -251,11 +267,7 @@ def test_held_out_metrics_are_those_of_the_trained_unet(alone):
 
 def held_out(folder: Folder, name: str) -> dict[str, float]:
     """Metrics of the held-out pairs from the UNet that a run left behind."""
-    data = encode_pairs(
-        load_pairs(folder.path / "held_out.parquet").pairs,
-        Encoders.load(folder.model, torch.device("cpu")),
-        latent_size=4,
-    )
+    data = Cache(folder.path / name / "cache-validation")
     scheduler = diffusers.DDPMScheduler.from_pretrained(folder.model, subfolder="scheduler")
     policy, reference = (
         diffusers.UNet2DConditionModel.from_pretrained(path)
@@ -267,9 +279,12 @@ def held_out(folder: Folder, name: str) -> dict[str, float]:
     draws = torch.tensor([2**32 - 1, 2**32 - 2]).repeat_interleave(len(data))
     key = {"seed": 0, "pair_ids": data.pair_ids[index], "draw": draws}
     t = noise.sample_timesteps(loss_fn.timestep_probabilities(0, 800), **key)
-    latents, embeddings = data.take(index, torch.zeros(len(index), dtype=torch.bool))
-    noisy, eps = noise.add_noise(latents, t, scheduler.alphas_cumprod, **key)
-    inputs = (noisy, torch.cat([t, t]), torch.cat([embeddings, embeddings]))
+    rows = data.gather(index, torch.zeros(len(index), dtype=torch.bool))
+    eps, winners, losers = noise.pair_noise((3, *rows.mean.shape[1:]), **key).unbind(1)
+    latents = rows.mean.float() + rows.std.float() * torch.cat([winners, losers])
+    noisy, _ = noise.add_noise(latents, t, scheduler.alphas_cumprod, **key)
+    captions = torch.cat([rows.embeddings, rows.embeddings]).float()
+    inputs = (noisy, torch.cat([t, t]), captions)
     with torch.no_grad():
         out = loss_fn.eval()(policy(*inputs).sample, reference(*inputs).sample, eps, t)
     return {"loss": out.loss.item()} | {key: float(value) for key, value in out.metrics().items()}

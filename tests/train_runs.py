@@ -101,9 +101,9 @@ class Folder:
         path = path if path.exists() else self.path / name / "ratios.safetensors"
         return load_file(path)["ratios"]
 
-    def distance(self, a: str, b: str) -> float:
+    def distance(self, a: str, b: str, model: str = "model") -> float:
         """Largest difference of two trained UNets, relative to what training changed."""
-        start = load_file(self.model / "unet/diffusion_pytorch_model.safetensors")
+        start = load_file(self.path / model / "unet/diffusion_pytorch_model.safetensors")
         a, b = self.unet(a), self.unet(b)
         assert a.keys() == b.keys() == start.keys()
         moved = max((a[key] - start[key]).abs().max() for key in a)
