@@ -100,7 +100,11 @@ class Cache:
         check_content(table, self.shards.folder / PAIRS)
         columns = (table.tensors[name].clone() for name in COLUMNS)
         self.pair_ids, self.winners, self.losers, self.prompts = columns
-        assert len(self.pair_ids) == self.manifest.counts["pairs"]
+        if len(self) != self.manifest.counts["pairs"]:
+            raise ValueError(
+                f"cache: expected {len(self)} pairs, as many as {PAIRS} holds, got "
+                f"{self.manifest.counts['pairs']} in the manifest of {self.location!r}; prepare again"
+            )
 
     def __str__(self) -> str:
         return f"{self.manifest} in {self.location}"

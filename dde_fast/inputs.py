@@ -72,7 +72,6 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
 
     # The pairs
     pairs = open_pairs(c, c.pairs, c.split, c.limit)
-    say(f"pairs: {pairs}")
 
     # What shows how it goes
     check_wandb(c.wandb_project)
@@ -112,6 +111,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     if start is not None:
         ranks = int(os.environ["WORLD_SIZE"])
         checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
+    say(f"pairs: {pairs}")  # reads a source's rows
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(
         model=c.model,

@@ -132,8 +132,8 @@ class Manifest:
             self.fingerprint == fingerprint_of(self.settings)
             and self.shards.keys() == names  # so no name leads out of the folder
             and all(
-                type(size) is int and re.fullmatch("[0-9a-f]{64}", sha256)
-                for size, sha256 in self.shards.values()
+                len(entry) == 2 and type(entry[0]) is int and re.fullmatch("[0-9a-f]{64}", entry[1])
+                for entry in self.shards.values()
             )
             and self.settings["dtype"] in DTYPES
             and isinstance(self.settings["encoders"], dict)

@@ -136,7 +136,7 @@ class Preparation:
         latent_shape: (C, h, w) that the model's UNet was made for.
 
     Raises:
-        ValueError: the source cannot be read, or the folder holds something else.
+        ValueError: a value out of range, or the source cannot be read.
     """
 
     def __init__(self, c: PrepareConfig, encoders: Encoders, latent_shape: Sequence[int]):
@@ -164,7 +164,6 @@ class Preparation:
         }
         """What the content follows from."""
         self.fingerprint = fingerprint_of(self.settings)
-        self._check_folder()
 
     def __str__(self) -> str:
         manifest = self.manifest()
@@ -184,7 +183,12 @@ class Preparation:
         return self.plan.units(self.c.shard_size)
 
     def manifest(self) -> Manifest | None:
-        """Of the finished cache, or None as long as something is missing."""
+        """Of the finished cache, or None as long as something is missing.
+
+        Raises:
+            ValueError: the folder holds something else, or a damaged cache.
+        """
+        self._check_folder()
         path = self.folder / MANIFEST
         if not path.is_file():
             return None

@@ -1,132 +1,221 @@
-"""Encoding pairs once, and the order they are seen in."""
+"""Opening a cache: what is refused, and shards that come from afar."""
 
+import copy
+import json
+import shutil
+import threading
+
+import caches
+import fsspec
 import pytest
-import tiny
 import torch
-from PIL import Image
 
-from dde_fast import cache, noise
-from dde_fast.cache import PairStream, encode_pairs
-from dde_fast.models import Encoders
-from dde_fast.pairs import Pair, decode, load_pairs
-
-SHAPE = (4, 4, 4)
+from dde_fast import shards
+from dde_fast.cache import Cache, is_cache
+from dde_fast.manifest import fingerprint_of
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.make_model(tmp_path_factory.mktemp("model"))
+def folder(tmp_path_factory):
+    """100 pairs of 90 images in 9 shards, 20 prompts in 2."""
+    path = tmp_path_factory.mktemp("random") / "cache"
+    return caches.write_random(path, pairs=100, images=90, prompts=20, shard_size=10)
 
 
-@pytest.fixture(scope="module")
-def encoders(model):
-    return Encoders.load(model, torch.device("cpu"))
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "cache")
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "train.parquet"
-    return load_pairs(tiny.write_pairs(path, tiny.rows()))
+def rows(cache: Cache, *index: int, dropped: bool = False):
+    return cache.gather(torch.tensor(index), torch.full((len(index),), dropped))
 
 
-@pytest.fixture(scope="module")
-def data(encoders, table):
-    return encode_pairs(table.pairs, encoders, latent_shape=SHAPE, batch_size=5)
+def test_gather_puts_winners_first_and_drops_captions(folder):
+    cache = Cache(folder)
+    found = cache.gather(torch.tensor([47, 3]), torch.tensor([False, True]))
+    expected = []
+    for image in (2 * 47 % 90, 6, (2 * 47 + 1) % 90, 7):
+        shard = shards.open_shard(folder / f"images-{image // 10:05d}.safetensors")
+        expected.append({name: rows[image % 10] for name, rows in shard.tensors.items()})
+    for name in ("mean", "std", "sizes"):
+        assert torch.equal(getattr(found, name), torch.stack([row[name] for row in expected]))
+    texts = shards.open_shard(folder / "prompts-00000.safetensors").tensors["embeddings"]
+    assert torch.equal(found.embeddings, torch.stack([texts[47 % 20], texts[0]]))
+    assert found.pooled is None and found.mean.dtype == torch.float16
 
 
-def test_each_distinct_image_and_caption_is_encoded_once(encoders, table, data, monkeypatch):
-    seen: dict[str, list] = {"posterior": [], "prompts": []}
-    for name in seen:
-        encode = getattr(Encoders, name)
-
-        def counting(self, items, *args, name=name, encode=encode):
-            seen[name] += items
-            return encode(self, items, *args)
-
-        monkeypatch.setattr(Encoders, name, counting)
-    encode_pairs(table.pairs, encoders, latent_shape=SHAPE, batch_size=5)
-    assert len(seen["posterior"]) == 12
-    assert seen["prompts"] == ["", "happy", "sad", "cat face"]
-    assert data.mean.shape == data.std.shape == (12, 4, 4, 4)
-    assert data.text["embeddings"].shape == (4, 8, 16)
+def test_a_folder_is_a_cache_once_it_is_finished(copied, tmp_path):
+    assert is_cache(copied) and is_cache(str(copied))
+    (copied / "manifest.json").unlink()
+    assert not is_cache(copied) and not is_cache(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="cache: expected manifest.json in .* got none"):
+        Cache(copied)
+    with pytest.raises(ValueError, match="pairs: expected a folder or a URL, got 'nope://x'"):
+        is_cache("nope://x")
 
 
-def test_other_sizes_are_scaled_and_cropped_at_the_centre():
-    wide = Image.new("RGB", (64, 16), "black")
-    wide.paste("white", (24, 0, 40, 16))  # the central square
-    assert (cache._pixels(wide, (8, 8)) > 0.8).all()
-    assert cache._pixels(wide, (16, 8)).shape == (3, 8, 16)
+def mutations(manifest: dict):
+    """(what was done, a damaged manifest)."""
+    for key in manifest:
+        yield f"without {key}", {k: v for k, v in manifest.items() if k != key}
+        for value in (None, -1, "x", [], {}):
+            yield f"{key} = {value!r}", manifest | {key: value}
+    for group in ("counts", "settings", "shards"):
+        for key in manifest[group]:
+            for value in (None, -1, "x", 10**15, [1]):
+                changed = copy.deepcopy(manifest)
+                changed[group][key] = value
+                if group == "settings":  # a careful hand
+                    changed["fingerprint"] = fingerprint_of(changed["settings"])
+                yield f"{group}.{key} = {value!r}", changed
+    escaping = copy.deepcopy(manifest)
+    escaping["shards"]["../images-00000.safetensors"] = escaping["shards"].pop(
+        "images-00000.safetensors"
+    )
+    yield "a path out of the folder", escaping
+    yield "another field", manifest | {"more": 1}
 
 
-def test_a_batch_has_winners_first_and_drops_captions(data, table, encoders):
-    whole = PairStream(data, seed=0, caption_dropout=0.5).batch(0, 12)
-    assert whole.pooled is None and whole.time_ids is None
-    assert whole.pair_ids.sort().values.tolist() == list(range(12))
-    assert whole.epochs.tolist() == [0] * 12
-    draws = noise.pair_noise((3, *SHAPE), seed=0, pair_ids=whole.pair_ids, draw=0)
-    dropped = 0
-    for i, number in enumerate(whole.pair_ids.tolist()):
-        pair = table.pairs[number]
-        for image, at, drawn in ((pair.winner, i, 1), (pair.loser, i + 12, 2)):
-            mean, std = encoders.posterior(cache._pixels(decode(image), (8, 8))[None])
-            expected = mean[0] + std[0] * draws[i, drawn]
-            torch.testing.assert_close(whole.latents[at], expected, rtol=1e-4, atol=1e-5)
-        own, empty = encoders.prompts([pair.caption, ""])["embeddings"]
-        is_empty = torch.allclose(whole.embeddings[i], empty, atol=1e-5)
-        assert is_empty or torch.allclose(whole.embeddings[i], own, atol=1e-5)
-        dropped += is_empty
-    assert 0 < dropped < 12
+def test_every_damaged_manifest_is_one_clear_error(copied):
+    """Each mutation of a manifest is refused by a ValueError that says what was expected."""
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    harmless = []
+    for what, damaged in mutations(manifest):
+        path.write_text(json.dumps(damaged))
+        try:
+            Cache(copied)
+        except ValueError as error:
+            assert str(error).startswith("cache: expected "), what
+        else:
+            harmless.append(what)
+    # for a reader only: nothing is computed from these
+    reading = ("rejected", "versions", "made_from")
+    assert all(what.startswith(reading) for what in harmless), harmless
+    for text in ("", "{", "[]", "null", '"x"', "\x00\xff"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="^cache: expected a manifest in "):
+            Cache(copied)
 
 
-def test_each_epoch_draws_other_latents(data):
-    stream = PairStream(data, seed=0)
-    first, second = stream.batch(0, 12), stream.batch(12, 24)
-    assert second.epochs.tolist() == [1] * 12
-    a, b = first.pair_ids.argsort(), second.pair_ids.argsort()
-    assert (first.latents[a] != second.latents[b]).all()
+@pytest.mark.parametrize("damage", ["missing", "short", "long", "other", "pairs"])
+def test_damaged_shards_are_refused(copied, damage):
+    path = copied / ("pairs.safetensors" if damage == "pairs" else "images-00004.safetensors")
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "short":
+        path.write_bytes(data[:-1])
+    elif damage == "long":
+        path.write_bytes(data + b"x")
+    elif damage == "other":  # of the right size
+        shutil.copy(copied / "images-00005.safetensors", path)
+    else:
+        data[-8] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^cache: expected .*{path.name}"):
+        rows(Cache(copied), 20)
 
 
-def test_every_epoch_is_another_permutation(data):
-    stream = PairStream(data, seed=0)
-    orders = [stream[n * 12 : (n + 1) * 12] for n in range(3)]
-    for epoch, (pairs, epochs) in enumerate(orders):
-        assert pairs.sort().values.tolist() == list(range(12))
-        assert epochs.tolist() == [epoch] * 12
-    assert not torch.equal(orders[0][0], orders[1][0])
-    assert not torch.equal(orders[0][0], PairStream(data, seed=1)[0:12][0])
+def test_another_models_cache_is_refused(folder):
+    cache = Cache(folder)
+    cache.check_fits({"vae": "random"}, channels=4, width=16)
+    with pytest.raises(ValueError, match="pairs: expected a cache made with the model's own vae"):
+        cache.check_fits({"vae": "else"}, channels=4, width=16)
+    with pytest.raises(ValueError, match="the model's own text_encoder"):
+        cache.check_fits({"vae": "random", "text_encoder": "x"}, channels=4, width=16)
+    with pytest.raises(ValueError, match="expected a cache of 16 latent channels"):
+        cache.check_fits({"vae": "random"}, channels=16, width=16)
+    with pytest.raises(ValueError, match="expected a cache of 768 numbers per token"):
+        cache.check_fits({"vae": "random"}, channels=4, width=768)
 
 
-def test_the_stream_does_not_depend_on_how_it_is_sliced(data):
-    whole = torch.stack(PairStream(data, seed=3)[0:60])
-    stream = PairStream(data, seed=3)
-    for size in (1, 5, 7, 24, 30):
-        parts = [torch.stack(stream[i : min(i + size, 60)]) for i in range(0, 60, size)]
-        assert torch.equal(torch.cat(parts, dim=1), whole)
+@pytest.fixture
+def url(folder):
+    """The same cache in another file system."""
+    memory = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        memory.pipe_file(f"/cache/{path.name}", path.read_bytes())
+    yield "memory://cache"
+    memory.rm("/cache", recursive=True)
 
 
-def test_the_order_follows_pair_ids_not_rows(data, table, encoders):
-    flipped = encode_pairs(table.pairs[::-1], encoders, latent_shape=SHAPE)
-    ids = [d.pair_ids[PairStream(d, seed=0)[0:12][0]].tolist() for d in (data, flipped)]
-    assert ids[0] == ids[1]
+def largest(folder) -> int:
+    return max(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def test_ranks_share_the_encoding(encoders, table, data, monkeypatch):
-    """Each rank's table has its batches and zeros elsewhere; their sum is the whole."""
-    tables: dict[int, list] = {0: [], 1: []}
-    for rank in tables:
-        monkeypatch.setattr(cache.dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(cache.dist, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(cache.dist, "get_world_size", lambda: 2)
-        monkeypatch.setattr(cache.dist, "all_reduce", tables[rank].append)
-        encode_pairs(table.pairs, encoders, latent_shape=SHAPE, batch_size=5)
-    (latents_0, _, _, embeddings_0), (latents_1, _, _, embeddings_1) = tables.values()
-    assert torch.equal(latents_0 + latents_1, data.mean)
-    assert torch.equal(embeddings_0 + embeddings_1, data.text["embeddings"])
-    assert not embeddings_1.any()  # one batch of captions: rank 0's
-    assert latents_1[5:10].any() and not latents_1[:5].any()
+def test_shards_from_a_url_are_fetched_once_and_bounded(folder, url, tmp_path):
+    assert is_cache(url)
+    here, limit = Cache(folder), 4 * largest(folder)
+    afar = Cache(url, folder=tmp_path, limit=limit)
+    place, fetched = tmp_path / afar.fingerprint[:16], []
+    order = [*range(45), *range(45)]
+    for pair in order:
+        for a, b in zip(
+            vars(rows(here, pair)).values(), vars(rows(afar, pair)).values(), strict=True
+        ):
+            assert a is b is None or torch.equal(a, b)
+        assert sum(path.stat().st_size for path in place.glob("*.safetensors")) <= limit
+        fetched.append(afar.shards.fetched)
+    assert fetched[0] == 3 and fetched[2] == fetched[0]  # the first images, prompts and pairs
+    assert fetched[44] == 1 + 9 + 2 + (fetched[44] - 12)
+    assert 12 <= fetched[44] < 20 and fetched[-1] > fetched[44]  # gone, and fetched again
+    assert not list(place.glob(f"*{shards.PARTIAL}"))
+    room = Cache(url, folder=tmp_path / "room", limit=2**30)
+    for pair in order:
+        rows(room, pair)
+    assert room.shards.fetched == 12
+    again = Cache(url, folder=tmp_path / "room", limit=2**30)
+    rows(again, *range(45))
+    assert again.shards.fetched == 0  # another run finds them
 
 
-def test_one_pair_is_enough(encoders):
-    data = encode_pairs([Pair("a", tiny.png(0), tiny.png(1), 9)], encoders, latent_shape=SHAPE)
-    pairs, epochs = PairStream(data, seed=0)[0:3]
-    assert pairs.tolist() == [0, 0, 0] and epochs.tolist() == [0, 1, 2]
+def test_processes_share_the_folder(folder, url, tmp_path):
+    """What one reader makes room for may be what another one reads."""
+    here, limit, errors = Cache(folder), 4 * largest(folder), []
+    expected = {pair: rows(here, pair).mean for pair in range(45)}
+
+    def read(start: int) -> None:
+        try:
+            afar = Cache(url, folder=tmp_path, limit=limit)
+            for i in range(45):
+                pair = (start + i) % 45
+                assert torch.equal(rows(afar, pair).mean, expected[pair])
+        except BaseException as error:
+            errors.append(error)
+
+    readers = [threading.Thread(target=read, args=(start,)) for start in (0, 11, 29)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert not errors
+    place = tmp_path / here.fingerprint[:16]
+    assert sum(path.stat().st_size for path in place.glob("*.safetensors")) <= limit
+
+
+def test_a_shard_damaged_on_its_way_is_not_taken(url, tmp_path):
+    memory = fsspec.filesystem("memory")
+    data = bytearray(memory.cat_file("/cache/images-00002.safetensors"))
+    data[-1] ^= 1
+    memory.pipe_file("/cache/images-00002.safetensors", bytes(data))
+    cache = Cache(url, folder=tmp_path, limit=2**30)
+    rows(cache, 0)
+    with pytest.raises(ValueError, match="cache: expected .*images-00002.* to hold sha256"):
+        rows(cache, 12)
+    names = {path.name for path in (tmp_path / cache.fingerprint[:16]).iterdir()}
+    assert not any(name.startswith("images-00002") for name in names)
+
+
+def test_what_a_killed_fetch_left_is_swept(url, tmp_path):
+    cache = Cache(url, folder=tmp_path, limit=2**30)
+    leftover = tmp_path / cache.fingerprint[:16] / f"images-00007.safetensors{shards.PARTIAL}"
+    leftover.write_bytes(b"half")
+    rows(cache, 30)
+    assert not leftover.exists()
+
+
+def test_a_bound_below_one_shard_is_refused(folder, url, tmp_path):
+    with pytest.raises(ValueError, match="cache_gib: expected at least .*, the largest shard"):
+        Cache(url, folder=tmp_path, limit=largest(folder) - 1)
