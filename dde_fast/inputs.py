@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dde_fast.pairs import PairTable, load_pairs
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend log_every save_every local_rank".split()
+    "backend log_every save_every keep max_skipped max_winner_error local_rank".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -46,19 +45,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     Raises:
         ValueError, OSError: one of them is missing, broken, or not what the others need.
     """
-    # The place of the run: new, or one to continue
-    output, start = Path(c.output), None
-    if c.resume:
-        start, torn = checkpoint.find(c.resume, output / "checkpoints")
-        for tag in torn:
-            say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
-        if start.step > c.steps:
-            raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
-            f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
-            "holds with --resume latest, or choose another --output"
-        )
+    start = place_of_run(c)
 
     # The pairs
     model, pairs = c.model, c.pairs
@@ -92,10 +79,40 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         "pairs": f"content {table.fingerprint()[:16]}",
     }
     if start is not None:
-        ranks = int(os.environ["WORLD_SIZE"])
-        checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
+        checkpoint.check_continues(start, identity)
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(model, table, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
+
+
+def place_of_run(c: TrainConfig) -> checkpoint.Checkpoint | None:
+    """The checkpoint to continue from; None for a run that begins, in a place of its own.
+
+    Raises:
+        ValueError: nothing to continue, or a place that holds something else.
+    """
+    output = Path(c.output)
+    used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if c.resume == "auto":
+        if used and not any((output / name).exists() for name in ("config.json", "cache")):
+            raise ValueError(
+                f"output: expected a run to continue, or a new or empty directory, got {c.output!r}"
+            )
+        if not checkpoint.any_in(output / "checkpoints"):
+            return None
+    elif not c.resume:
+        if used:
+            raise ValueError(
+                f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
+                "holds with --resume latest, or choose another --output"
+            )
+        return None
+    resume = "latest" if c.resume == "auto" else c.resume
+    start, torn = checkpoint.find(resume, output / "checkpoints")
+    for tag in torn:
+        say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
+    if start.step > c.steps:
+        raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
+    return start
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

@@ -18,27 +18,52 @@ from tqdm import tqdm
 
 
 class Meter:
-    """Sums of metrics on the device; only `read` makes the host wait."""
+    """Means of metrics, summed on the device; only `read` makes the host wait.
+
+    A value that is not finite is left out: the optimizer step that it belongs to is skipped and
+    counted, and it would hide the others.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor | float]) -> None:
         """Add one observation of each."""
-        for name, value in metrics.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        values = torch.stack([self._tensor(value) for value in metrics.values()])
+        finite = values.isfinite()
+        seen = torch.stack([values.where(finite, 0.0), finite.float()])  # [2, n]: sums, counts
+        names = tuple(metrics)
+        self.sums[names] = self.sums[names] + seen if names in self.sums else seen
 
-    def read(self) -> dict[str, float]:
-        """Means since the last reading, over all ranks."""
-        means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
-        dist.all_reduce(means)
-        values = dict(zip(self.sums, (means / dist.get_world_size()).tolist(), strict=True))
-        self.sums, self.counts = {}, {}
-        return values
+    def read(self, also: dict[str, Tensor] | None = None) -> dict[str, float]:
+        """Means since the last reading, over all ranks (nan where no value was finite), and what
+        else is to be read, [] each and the same on all ranks."""
+        also = also or {}
+        sums = torch.cat(list(self.sums.values()), dim=1)
+        dist.all_reduce(sums)
+        names = [name for group in self.sums for name in group] + list(also)
+        values = torch.cat([sums[0] / sums[1], *(value.reshape(1) for value in also.values())])
+        self.sums = {}
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _tensor(self, value: Tensor | float) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.float32)
+        return torch.full((), value, dtype=torch.float32, device=self.device)
+
+
+def winner_warning(metrics: dict[str, float], multiple: float) -> str | None:
+    """What to tell of a policy that forgets the winners, its error on them being more than this
+    multiple of the reference's."""
+    policy, reference = metrics.get("policy_win_error"), metrics.get("reference_win_error")
+    if policy is None or reference is None or not policy > multiple * reference:
+        return None
+    return (
+        f"the policy's error on winners, {policy:.4g}, is {policy / reference:.2g} times the "
+        "reference's: images degrade, however good the accuracy looks; start again with a lower "
+        "--learning_rate or a larger --beta"
+    )
 
 
 class RunLog:
@@ -75,30 +100,32 @@ class RunLog:
         self.metrics.write_text("".join(line + "\n" for line in kept))
         self.tensorboard = SummaryWriter(output / "tensorboard", purge_step=start + 1)
 
-    def write(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
-        """Log the means since the last time."""
+    def write(
+        self, step: int, metrics: dict[str, float], learning_rate: float, warning: str | None = None
+    ) -> None:
+        """Log the means since the last time; a warning is shown, too."""
         now = time.perf_counter()
         rate = (step - self.last_step) * self.batch / (now - self.last_time)
         self.last_step, self.last_time = step, now
         if self.active:
             extra = {"learning_rate": learning_rate, "pairs_per_second": rate}
             record = {"step": step, **metrics, **extra, "memory_gib": peak_memory()}
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps(record) + "\n")
             for name, value in record.items():
                 self.tensorboard.add_scalar(name, value, step)
+            # JSON knows no nan, which is the mean of nothing
+            record = {name: v if math.isfinite(v) else None for name, v in record.items()}
+            with open(self.metrics, "a") as file:
+                line = record if warning is None else {**record, "warning": warning}
+                file.write(json.dumps(line) + "\n")
+            if warning is not None:
+                self.bar.write(f"warning: step {step}: {warning}")
             shown = {"loss": metrics["loss"], "accuracy": metrics.get("implicit_accuracy")}
             shown = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
             self.bar.set_postfix({**shown, "pairs/s": f"{rate:.1f}"})
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"loss: expected a finite number, got {metrics['loss']} before step {step}; resume "
-                "from the last checkpoint with a smaller learning rate or beta"
-            )
 
-    def advance(self) -> None:
-        """One optimizer step done."""
-        self.bar.update()
+    def advance(self, step: int) -> None:
+        """So many optimizer steps are done."""
+        self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
         """Write out what is pending."""

@@ -89,8 +89,8 @@ def count_syncs(args: list[str], path: Path) -> None:
     advance, tolist = metrics.RunLog.advance, torch.Tensor.tolist
     looks = ops._check_timesteps, ops._is_one
 
-    def counting_advance(log):
-        advance(log)
+    def counting_advance(log, step):
+        advance(log, step)
         counts.append(syncs.count)
         syncs.count = 0
 
@@ -116,11 +116,11 @@ def stop_at(rank: int, step: int, args: list[str]) -> None:
     """Train, with a SIGTERM to one rank after a step."""
     advance = metrics.RunLog.advance
 
-    def stopping_advance(log):
-        log.steps_seen = getattr(log, "steps_seen", 0) + 1
-        if log.steps_seen == step and os.environ["RANK"] == str(rank):
+    def stopping_advance(log, done):
+        if done == step and os.environ["RANK"] == str(rank) and not hasattr(log, "stopped"):
+            log.stopped = True
             os.kill(os.getpid(), signal.SIGTERM)
-        advance(log)
+        advance(log, done)
 
     metrics.RunLog.advance = stopping_advance
     try:
