@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from dde_fast.checkpoint_files import (
     RESHARDED,
@@ -106,13 +106,13 @@ def save(
         }
         tensors = {name: value.contiguous().cpu() for name, value in loss_fn.state_dict().items()}
         with failures.kept():
-            save_file(tensors, path / "ratios.safetensors")
-            _write(path / "state.json", json.dumps(state, indent=2))
+            _write(path / "ratios.safetensors", safetensors.torch.save(tensors))
+            _write(path / "state.json", _json(state))
     errors = failures.of_all_ranks()
     if first and not errors:
         with failures.kept():
-            _write(path / MARKER, json.dumps(_contents(path), indent=2))
-            _write(directory / "latest.new", path.name)
+            _write(path / MARKER, _json(_contents(path)))
+            _write(directory / "latest.new", path.name.encode())
             os.replace(directory / "latest.new", directory / "latest")
     if errors := errors or failures.of_all_ranks():
         if first:
@@ -202,7 +202,7 @@ def load(engine, loss_fn, checkpoint: Checkpoint, directory: Path) -> None:
     try:
         with without_pickle():
             engine.load_checkpoint(str(source.parent), tag=source.name)
-        loss_fn.load_state_dict(load_file(path / "ratios.safetensors"))
+        loss_fn.load_state_dict(safetensors.torch.load_file(path / "ratios.safetensors"))
     except (pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, KeyError) as error:
         failures.first = error
     if errors := failures.of_all_ranks():
@@ -249,9 +249,13 @@ def _what_is_left(directory: Path) -> str:
     return f"{whole[-1]} is whole: make room, then continue with --resume latest"
 
 
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -97,7 +98,9 @@ class RunLog:
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         # a run killed after its last checkpoint has logged steps that are taken again now
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.metrics.write_text("".join(line + "\n" for line in kept))
+        # by replacing it: a kill in between would lose the others
+        (output / "metrics.new").write_text("".join(line + "\n" for line in kept))
+        os.replace(output / "metrics.new", self.metrics)
         self.tensorboard = SummaryWriter(output / "tensorboard", purge_step=start + 1)
 
     def write(
