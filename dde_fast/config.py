@@ -43,7 +43,8 @@ class TrainConfig:
     output: str = ""
     """Directory of the run, new or empty; "outputs/PRESET-OBJECTIVE" if not given."""
     resume: str = ""
-    """Continue a run: "latest" (of the output directory) or the path of a checkpoint."""
+    """Continue a run: "latest" (of the output directory), "auto" (the same, or begin where there is
+    none yet: for jobs that are queued again) or the path of a checkpoint."""
     objective: str = "dde"
     """What to optimise: dde, dde-single, dde-step, diffusion-dpo, discounted or sft."""
     beta: float = 50.0
@@ -121,6 +122,13 @@ class TrainConfig:
     peak_tflops: float = 0.0
     """Peak of one device, 10¹² operations per second, for MFU; 0 = of the known GPUs at 16 bits, and
     no MFU for others."""
+    keep: int = 3
+    """Checkpoints that stay, the newest ones; 0 = all."""
+    max_skipped: int = 20
+    """Optimizer steps in a row skipped because the gradient was not finite, at which the run saves
+    and ends; looked at where it logs."""
+    max_winner_error: float = 2.0
+    """Multiple of the reference's error on winners beyond which the policy's draws a warning."""
     local_rank: int = -1
     """Set by the deepspeed launcher; not for you."""
 
@@ -240,6 +248,9 @@ def check(config: TrainConfig) -> None:
         ("grid_steps", 1 <= c.grid_steps <= 1000, "1 to 1000"),
         ("grid_guidance", c.grid_guidance >= 1, "at least 1"),
         ("peak_tflops", c.peak_tflops >= 0, "0 (of the known GPUs) or more"),
+        ("keep", c.keep >= 0, "0 (all) or a number of checkpoints"),
+        ("max_skipped", c.max_skipped >= 1, "at least 1"),
+        ("max_winner_error", c.max_winner_error > 1, "above 1"),
     ):
         if not valid:
             raise ValueError(f"{name}: expected {expected}, got {getattr(c, name)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
     "backend attention cache_gib log_every save_every local_rank validation_pairs validation_split "
     "validation_limit validation_draws validation_every grid_every grid_prompts grid_images grid_steps "
-    "grid_guidance wandb_project peak_tflops".split()
+    "grid_guidance wandb_project peak_tflops keep max_skipped max_winner_error".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -56,19 +55,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     Raises:
         ValueError, OSError: one of them is missing, broken, or not what the others need.
     """
-    # The place of the run: new, or one to continue
-    output, start = Path(c.output), None
-    if c.resume:
-        start, torn = checkpoint.find(c.resume, output / "checkpoints")
-        for tag in torn:
-            say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
-        if start.step > c.steps:
-            raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
-    elif output.exists() and not _is_free(output):
-        raise ValueError(
-            f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
-            "holds with --resume latest, or choose another --output"
-        )
+    start = place_of_run(c)
 
     # The pairs
     pairs = open_pairs(c, c.pairs, c.split, c.limit)
@@ -109,8 +96,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         "pairs": f"content {pairs.fingerprint[:16]}",
     }
     if start is not None:
-        ranks = int(os.environ["WORLD_SIZE"])
-        checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
+        checkpoint.check_continues(start, identity)
     say(f"pairs: {pairs}")  # reads a source's rows
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(
@@ -162,6 +148,37 @@ def open_pairs(
 def _is_free(output: Path) -> bool:
     """Whether nothing is there but what a killed run had begun to encode."""
     return output.is_dir() and all(path.name.startswith("cache") for path in output.iterdir())
+
+
+def place_of_run(c: TrainConfig) -> checkpoint.Checkpoint | None:
+    """The checkpoint to continue from; None for a run that begins, in a place of its own.
+
+    Raises:
+        ValueError: nothing to continue, or a place that holds something else.
+    """
+    output = Path(c.output)
+    used = output.exists() and not _is_free(output)
+    if c.resume == "auto":
+        if used and not any((output / name).exists() for name in ("config.json", "cache")):
+            raise ValueError(
+                f"output: expected a run to continue, or a new or empty directory, got {c.output!r}"
+            )
+        if not checkpoint.any_in(output / "checkpoints"):
+            return None
+    elif not c.resume:
+        if used:
+            raise ValueError(
+                f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
+                "holds with --resume latest, or choose another --output"
+            )
+        return None
+    resume = "latest" if c.resume == "auto" else c.resume
+    start, torn = checkpoint.find(resume, output / "checkpoints")
+    for tag in torn:
+        say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
+    if start.step > c.steps:
+        raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
+    return start
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ over the latent), so its beta 5000 is beta 5000 here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,13 @@ class PreferenceOutput:
     """[B], m_t."""
     timesteps: Tensor
     """int64 [B], t of each pair."""
+
+    def detach(self) -> PreferenceOutput:
+        """The same without its graph."""
+        tensors = {
+            name: getattr(self, name).detach() for name in ("loss", "logits", "policy_error")
+        }
+        return replace(self, **tensors)
 
     def per_pair(self) -> dict[str, Tensor]:
         """Detached [B] each: what `metrics` is the mean of."""
@@ -221,14 +228,17 @@ class PreferenceLoss(nn.Module):
         return PreferenceOutput(loss, logits, policy_error, reference_error, margin, timesteps)
 
     @torch.no_grad()
-    def update_ratios(self, group=None) -> None:
+    def update_ratios(self, group=None, skipped: Tensor | None = None) -> None:
         """Fold the observations since the last update into `ratios`, once for all ranks.
 
-        One small all-reduce over `group` (default: all) where torch.distributed is initialised,
+        With `skipped` (a bool [] on the device) true, as after an optimizer step that was not
+        taken, they are forgotten instead. One small all-reduce over `group` (default: all) where torch.distributed is initialised,
         so every rank of it must call. Nothing is read back to the host.
         """
         if not self.objective.correction:
             return
+        if skipped is not None:
+            self.ratio_sums.mul_(~skipped)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.ratio_sums, group=group)
         backend = backends.resolve_backend(self.backend, self.ratios.device)

@@ -34,7 +34,8 @@ OF_THE_MACHINE = frozenset({"pairs_per_second", "mfu", "data_wait", "memory_gib"
 class Meter:
     """Means of metrics, summed on the device; only `read` makes the host wait.
 
-    A value that is not finite is left out, else it would hide the others.
+    A value that is not finite is left out: the optimizer step that it belongs to is skipped and
+    counted, and it would hide the others.
 
     Args:
         device: where the metrics are.
@@ -64,23 +65,31 @@ class Meter:
         # no index_add: on a GPU it adds in an order of its own, and a rerun would differ
         self._accumulate(self.bins, metrics, torch.where(inside, seen[..., None], 0.0).sum(2))
 
-    def read(self) -> dict[str, Any]:
+    def read(self, also: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """Means since the last reading, over the pairs of all ranks.
+
+        Args:
+            also: what else is to be read, [] each and the same on all ranks.
 
         Returns:
             name -> mean (nan where no value was finite), and under "by_timestep" name -> part of
             the schedule -> mean, with the number of "pairs" behind it; parts without are left out.
         """
+        also = also or {}
         flat = [part.flatten(1) for sums in (self.sums, self.bins) for part in sums.values()]
         everything = torch.cat(flat, dim=1)
         dist.all_reduce(everything)
-        totals, weights = np.array(everything.tolist())
-        means = _means((name for names in self.sums for name in names), totals, weights)
+        more = [value.float().reshape(1) for value in also.values()]
+        values = np.array(torch.cat([everything.flatten(), *more]).tolist())
+        totals, weights = values[: everything.numel()].reshape(2, -1)
+        means = _means([name for names in self.sums for name in names], totals, weights)
+        first = len(means)
+        means |= dict(zip(also, values[everything.numel() :].tolist(), strict=True))
         names = [name for names in self.bins for name in names]
         self.sums, self.bins = {}, {}
         if not names:
             return means
-        totals, weights = (x[len(means) :].reshape(-1, BINS) for x in (totals, weights))
+        totals, weights = (x[first:].reshape(-1, BINS) for x in (totals, weights))
         means |= _means(names, totals.sum(1), weights.sum(1))
         means["by_timestep"] = {
             "pairs": {self.labels[i]: int(n) for i, n in enumerate(weights[0]) if n}
@@ -109,6 +118,19 @@ def _finite(values: Tensor) -> Tensor:
 def _means(names: Iterable[str], totals: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     with np.errstate(invalid="ignore"):  # nothing over nothing is nan
         return dict(zip(names, (totals / weights).tolist(), strict=False))
+
+
+def winner_warning(metrics: dict[str, float], multiple: float) -> str | None:
+    """What to tell of a policy that forgets the winners, its error on them being more than this
+    multiple of the reference's."""
+    policy, reference = metrics.get("policy_win_error"), metrics.get("reference_win_error")
+    if policy is None or reference is None or not policy > multiple * reference:
+        return None
+    return (
+        f"the policy's error on winners, {policy:.4g}, is {policy / reference:.2g} times the "
+        "reference's: images degrade, however good the accuracy looks; start again with a lower "
+        "--learning_rate or a larger --beta"
+    )
 
 
 def tags(record: dict[str, Any], group: str = "") -> dict[str, float]:
@@ -171,7 +193,9 @@ class RunLog:
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         # a run killed after its last checkpoint has logged steps that are taken again now
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.metrics.write_text("".join(line + "\n" for line in kept))
+        # by replacing it: a kill in between would lose the others
+        (output / "metrics.new").write_text("".join(line + "\n" for line in kept))
+        os.replace(output / "metrics.new", self.metrics)
         self.tensorboard = SummaryWriter(output / "tensorboard", purge_step=start + 1)
         if wandb_project:
             self.wandb = start_wandb(wandb_project, output, settings)
@@ -184,10 +208,22 @@ class RunLog:
         self.last_time += time.perf_counter() - begin
 
     def write(
-        self, step: int, metrics: dict[str, Any], learning_rate: float, waited: float = 0.0
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        learning_rate: float,
+        waited: float = 0.0,
+        warning: str | None = None,
     ) -> None:
-        """Log the means since the last time; `waited` are the seconds spent waiting for data in
-        all, of which `data_wait` is the share."""
+        """Log the means since the last time.
+
+        Args:
+            step: optimizer steps done.
+            metrics: as `Meter.read` gives them.
+            learning_rate: of the last step.
+            waited: seconds spent waiting for data since the start; `data_wait` is their share.
+            warning: is shown, too.
+        """
         now = time.perf_counter()
         seconds, data_wait = now - self.last_time, waited - self.last_waited
         rate = (step - self.last_step) * self.batch / seconds
@@ -199,7 +235,10 @@ class RunLog:
                 record["mfu"] = rate / self.pairs_at_peak
             record["memory_gib"] = peak_memory()
             with open(self.metrics, "a") as file:
-                file.write(json.dumps(record) + "\n")
+                line = record if warning is None else {**record, "warning": warning}
+                file.write(json.dumps(_for_json(line)) + "\n")
+            if warning is not None:
+                self.bar.write(f"warning: step {step}: {warning}")
             for name, value in tags(record).items():
                 self.tensorboard.add_scalar(name, value, step)
             if self.wandb is not None:
@@ -208,11 +247,6 @@ class RunLog:
             shown["held-out"] = metrics.get("validation", {}).get("implicit_accuracy")
             shown = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
             self.bar.set_postfix({**shown, "pairs/s": f"{rate:.1f}"})
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"loss: expected a finite number, got {metrics['loss']} before step {step}; resume "
-                "from the last checkpoint with a smaller learning rate or beta"
-            )
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """Log a picture, and keep it as OUTPUT/NAME/step-STEP.png."""
@@ -229,9 +263,9 @@ class RunLog:
 
             self.wandb.log({name: wandb.Image(str(path)), "step": step})
 
-    def advance(self) -> None:
-        """One optimizer step done."""
-        self.bar.update()
+    def advance(self, step: int) -> None:
+        """So many optimizer steps are done."""
+        self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
         """Write out what is pending."""
@@ -240,6 +274,13 @@ class RunLog:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _for_json(value: Any) -> Any:
+    """JSON knows no nan, which is the mean of nothing."""
+    if isinstance(value, dict):
+        return {name: _for_json(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_wandb(project: str) -> None:

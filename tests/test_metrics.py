@@ -105,13 +105,31 @@ def test_what_is_not_finite_hides_nothing_else():
 
 
 def test_means_are_over_ranks(monkeypatch):
-    """The other rank has seen a sum of 3 with weight 3."""
-    monkeypatch.setattr(metrics.dist, "all_reduce", lambda tensor: tensor.add_(3.0))
+    other = torch.tensor([[5.0], [1.0]])  # the other rank's sum and count
+    monkeypatch.setattr(metrics.dist, "all_reduce", lambda tensor: tensor.add_(other))
     meter = meter_of()
     meter.add({"loss": torch.tensor(1.0)})
-    assert meter.read() == {"loss": (1.0 + 3.0) / (1.0 + 3.0)}
-    meter.add({"loss": torch.tensor(5.0)})
-    assert meter.read() == {"loss": (5.0 + 3.0) / (1.0 + 3.0)}
+    assert meter.read() == {"loss": 3.0}
+
+
+def test_values_that_are_no_numbers_do_not_hide_the_others():
+    meter = meter_of()
+    for loss, norm in ((1.0, 4.0), (math.nan, math.inf), (3.0, math.inf)):
+        meter.add({"loss": torch.tensor(loss)})
+        meter.add({"grad_norm": norm})
+    skipped = {"skipped_steps": torch.tensor(2.0)}
+    assert meter.read(skipped) == {"loss": 2.0, "grad_norm": 4.0, "skipped_steps": 2.0}
+    meter.add({"loss": -math.inf})
+    assert math.isnan(meter.read()["loss"])
+
+
+def test_a_policy_that_forgets_the_winners_is_warned_of_with_a_remedy():
+    healthy = {"policy_win_error": 0.199, "reference_win_error": 0.1}
+    assert metrics.winner_warning(healthy, 2.0) is None
+    assert metrics.winner_warning({"loss": 1.0}, 2.0) is None  # sft has no reference
+    assert metrics.winner_warning({**healthy, "policy_win_error": math.nan}, 2.0) is None
+    text = metrics.winner_warning({**healthy, "policy_win_error": 0.25}, 2.0)
+    assert "2.5 times" in text and "--learning_rate" in text and "--beta" in text
 
 
 def log_of(path, start: int = 0, **more) -> RunLog:
@@ -189,12 +207,15 @@ def test_a_picture_is_kept_and_shown(tmp_path):
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run_after_its_line(tmp_path, loss):
+def test_a_line_without_a_number_is_json_and_a_warning_is_in_it(tmp_path, capsys, loss):
     log = log_of(tmp_path)
-    with pytest.raises(FloatingPointError, match="loss: expected a finite number"):
-        log.write(1, {"loss": loss, "grad_norm": 1.0}, 1e-4)
-    assert len(records(tmp_path)) == 1
+    bad = {"loss": loss, "grad_norm": 1.0, "validation": {"loss": loss}}
+    log.write(1, bad, 1e-4, warning="too far")
     log.close()
+    (record,) = records(tmp_path)
+    assert record["loss"] is None and record["grad_norm"] == 1.0 and record["warning"] == "too far"
+    assert "warning: step 1: too far" in "".join(capsys.readouterr())
+    assert record["validation"] == {"loss": None}
 
 
 class FakeRun:

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from train_runs import (
     BF16,
     HALF,
@@ -224,7 +224,7 @@ def test_a_run_leaves_everything_it_promises(alone):
     settings = json.loads((run / "config.json").read_text())
     assert settings["config"]["beta"] == 1.0 and settings["deepspeed"]["train_batch_size"] == 4
     assert list((run / "tensorboard").glob("events*"))
-    expected = "step loss grad_norm implicit_accuracy logit logit_size margin policy_win_error "
+    expected = "step loss grad_norm skipped_steps implicit_accuracy logit logit_size margin policy_win_error "
     expected += "policy_lose_error reference_win_error reference_lose_error by_timestep "
     expected += "learning_rate pairs_per_second data_wait memory_gib"
     record = alone.metrics("zero1")[-1]
@@ -326,7 +326,7 @@ def test_two_ranks_are_one(alone, pair, n):
 
 def test_a_signal_to_one_rank_stops_all_and_resumes(alone, pair):
     log = (pair.path / "pair.0.log").read_text()
-    assert "stopped by a signal and saved" in log and "step-00000004" in log
+    assert "stopped by a signal and saved" in log and "step-00000003" in log
     assert [record["step"] for record in pair.metrics("two_stopped")] == list(range(1, STEPS + 1))
     assert pair.distance("two_stopped", "two2") < 5e-4
     assert (pair.losses("two_stopped") - pair.losses("two2")).abs().max() < 1e-6
@@ -365,7 +365,7 @@ def test_sigterm_saves_and_exits_0(folder):
     assert not (folder.path / "stopped/unet").exists()
 
 
-def test_only_the_same_run_continues(alone, capfd, monkeypatch):
+def test_only_the_same_run_continues(alone, capfd):
     def resume(**flags):
         ds = stage(1) if "ds" not in flags else flags.pop("ds")
         return fails(alone.args("other", "zero1", ds=ds, resume="latest", **flags), capfd)
@@ -373,14 +373,14 @@ def test_only_the_same_run_continues(alone, capfd, monkeypatch):
     assert "output: expected a new or empty directory" in fails(alone.args("zero1"), capfd)
     assert "resume: objective: expected 'dde'" in resume(objective="dde-single")
     assert "resume: seed: expected 0" in resume(seed=1)
-    other = tiny.make_model(alone.path / "other_model", seed=1)
+    other = tiny.make_model(alone.path / "other_model")
+    weights = other / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["conv_in.weight"].view(-1)[5] += 1e-6  # the reference, but for one value
+    save_file(state, weights, {"format": "pt"})
     assert "resume: model: expected 'weights " in resume(model=other)
     fewer = tiny.write_pairs(alone.path / "fewer.parquet", tiny.rows()[:9])
     assert "resume: pairs: expected 'content " in resume(pairs=fewer)
     assert "ZeRO stage: expected 1" in resume(ds=stage(2))
     assert "pairs per optimizer step: expected 4" in resume(ds=stage(1, **HALF))
     assert "steps: expected at least the 6 done, got 5" in resume(steps=5)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "resume: expected 1 ranks" in resume(ds=stage(1, **HALF))

@@ -161,16 +161,16 @@ def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["marker", "file", "size", "json"])
+@pytest.mark.parametrize("damage", ["marker", "file", "size", "content", "json"])
 def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
     for step in (1, 2):
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "weights").write_bytes(b"1234")
-        state = {"step": step, "position": 4 * step, "world_size": 1, "identity": {}}
+        state = {"step": step, "position": 4 * step, "world_size": 1, "skipped": 0, "identity": {}}
         (path / "state.json").write_text(json.dumps(state))
-        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-        (path / checkpoint.MARKER).write_text(json.dumps(sizes))
+        contents = checkpoint._contents(path)
+        (path / checkpoint.MARKER).write_text(json.dumps(contents))
     assert checkpoint.find("latest", tmp_path)[0].step == 2
     newest = tmp_path / "step-00000002"
     if damage == "marker":
@@ -179,6 +179,8 @@ def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
         (newest / "weights").unlink()
     elif damage == "size":
         (newest / "weights").write_bytes(b"12")
+    elif damage == "content":
+        (newest / "weights").write_bytes(b"1235")
     else:
         (newest / checkpoint.MARKER).write_text("{")
     found, torn = checkpoint.find("latest", tmp_path)
