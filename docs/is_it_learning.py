@@ -122,7 +122,7 @@ def draw(name: str, records: list[dict]) -> plt.Figure:
         )
     for axis, title, place in (
         (errors, "policy's error / reference's", "step"),
-        (bins, "the same by timestep, at the end", "timestep"),
+        (bins, "the last third by timestep", "timestep"),
     ):
         axis.axhline(1, color="k", lw=0.5)
         axis.set(title=title, xlabel=place)
@@ -153,9 +153,11 @@ def table(result: dict) -> str:
 def main() -> None:
     if "--draw" not in sys.argv:
         write_random_labels(FOLDER / "random-labels.parquet")
+        made = {"commit": evaluate.git_commit(), "versions": evaluate.versions()}
+        (FOLDER / "made.json").write_text(json.dumps(made), encoding="utf-8")
         for name in RUNS:
             train(name)
-    result = {"runs": {}, "commit": evaluate.git_commit(), "versions": evaluate.versions()}
+    result = {"runs": {}, **json.loads((FOLDER / "made.json").read_text(encoding="utf-8"))}
     for name in RUNS:
         records = read(name)
         result["runs"][name] = summary(records)
