@@ -10,7 +10,16 @@ import torch
 import dde_fast
 from dde_fast import backends, compiled
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "deepspeed", "xformers", "peft")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "deepspeed",
+    "xformers",
+    "peft",
+    "bitsandbytes",
+)
 
 
 def version(package: str) -> str:

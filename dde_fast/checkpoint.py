@@ -91,7 +91,10 @@ def save(
         shutil.rmtree(path)
     dist.barrier()
     try:
-        engine.save_checkpoint(str(directory), tag=path.name, save_latest=False)
+        # what is frozen is the model's own, which `identity` names
+        engine.save_checkpoint(
+            str(directory), tag=path.name, save_latest=False, exclude_frozen_parameters=True
+        )
     except OSError as error:
         # raised past its files, at the copy of a script: the others wait in its last barrier
         failures.first = error
@@ -198,10 +201,11 @@ def load(engine, loss_fn, checkpoint: Checkpoint, directory: Path) -> None:
         )
     universal = engine.load_universal_checkpoint()
     source = reshard(path, directory) if universal else path
+    whole = all(parameter.requires_grad for parameter in engine.module.parameters())
     failures = Failures()
     try:
         with without_pickle():
-            engine.load_checkpoint(str(source.parent), tag=source.name)
+            engine.load_checkpoint(str(source.parent), tag=source.name, load_module_strict=whole)
         loss_fn.load_state_dict(safetensors.torch.load_file(path / "ratios.safetensors"))
     except (pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, KeyError) as error:
         failures.first = error

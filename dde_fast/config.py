@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,9 @@ class TrainConfig:
     an original FILE.safetensors, with +DIRECTORY for configurations of your own or no network."""
     pairs: str = "faces"
     """Preference pairs: "faces" or "style" (embedded); a cache that `python -m dde_fast.prepare`
-    made, a folder or a URL; or what that can read, which is then encoded into OUTPUT/cache."""
+    made (a folder, a URL); or what is encoded into OUTPUT/cache first: parquet in Pick-a-Pic's
+    columns (a file, a folder, a URL, a data set's name on the hub), a folder with w/ and l/, a CSV or
+    JSONL table, or HPDv2's JSON."""
     split: str = "train"
     """Split of the pairs: of an embedded set, or the files of a folder whose name begins so."""
     limit: int = 0
@@ -65,18 +68,34 @@ class TrainConfig:
     """Probability that a pair is trained on the empty caption, which guidance samples against."""
     steps: int = 150
     """Optimizer steps (paper: 2000)."""
+    optimizer: str = "auto"
+    """adamw, adamw8bit or lion8bit (bitsandbytes), or adafactor (ZeRO stage 0 only); auto = the
+    DeepSpeed JSON's own, else adamw."""
     learning_rate: float = 5e-5
-    """Of AdamW, after the warm-up constant (paper: 2.05e-5 at 2048 pairs a step)."""
+    """Of the optimizer, after the warm-up constant (paper: 2.05e-5 at 2048 pairs a step; LoRA bears
+    about ten times a full fine-tune's)."""
     warmup_steps: int = 10
     """Optimizer steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Of the optimizer."""
     adam_beta1: float = 0.9
     """Of AdamW: decay of the first moment."""
     adam_beta2: float = 0.999
     """Of AdamW: decay of the second moment."""
     adam_eps: float = 1e-8
     """Of AdamW: added to the denominator."""
+    ema_decay: float = 0.0
+    """Of the exponential moving average of the weights, saved beside them as unet_ema or lora_ema;
+    0 = none. It rises to this value over the first steps."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters, which alone are trained; 0 = the whole UNet is (paper: 0)."""
+    lora_alpha: float = 0.0
+    """Adapters are scaled by alpha / rank; 0 = alpha is the rank."""
+    lora_targets: str = "to_q,to_k,to_v,to_out.0"
+    """Layers of the UNet that get adapters: ends of their names, with commas between."""
+    shard_reference: bool = False
+    """Share the frozen reference out over the ranks (a second engine at ZeRO stage 3) instead of a
+    copy on each."""
     seed: int = 0
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
@@ -150,7 +169,7 @@ def sd15() -> TrainConfig:
     published launch."""
     return TrainConfig(
         preset="sd15",
-        deepspeed_config="configs/sd15.json",
+        deepspeed_config="configs/zero1.json",
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         pairs="yuvalkirstain/pickapic_v2",
         beta=5000.0,
@@ -166,7 +185,7 @@ def sdxl() -> TrainConfig:
     return replace(
         sd15(),
         preset="sdxl",
-        deepspeed_config="configs/sdxl.json",
+        deepspeed_config="configs/zero2.json",
         model="stabilityai/stable-diffusion-xl-base-1.0",
         steps=1500,
     )
@@ -233,6 +252,10 @@ def check(config: TrainConfig) -> None:
         ("adam_beta1", 0 <= c.adam_beta1 < 1, "0 or more, below 1"),
         ("adam_beta2", 0 <= c.adam_beta2 < 1, "0 or more, below 1"),
         ("adam_eps", c.adam_eps > 0, "above 0"),
+        ("ema_decay", 0 <= c.ema_decay < 1, "0 (none) or more, below 1"),
+        ("lora_rank", c.lora_rank >= 0, "0 (the whole UNet) or more"),
+        ("lora_alpha", 0 <= c.lora_alpha < math.inf, "0 (the rank) or more"),
+        ("lora_targets", c.lora_targets.strip(" ,"), "names of layers"),
         ("seed", 0 <= c.seed < 2**63, "0 or more, below 2**63"),
         ("caption_dropout", 0 <= c.caption_dropout <= 1, "a probability"),
         ("timestep_low", c.timestep_low >= 0, "0 or more"),
@@ -258,4 +281,7 @@ def check(config: TrainConfig) -> None:
         raise ValueError(
             f"timestep_high: expected above timestep_low = {c.timestep_low}, got {c.timestep_high}"
         )
-    get_objective(c.objective)
+    needs_reference = get_objective(c.objective).needs_reference
+    if c.shard_reference and (c.lora_rank or not needs_reference):
+        why = "lora_rank: the reference is the policy's base" if c.lora_rank else c.objective
+        raise ValueError(f"shard_reference: expected a model of its own to share, got {why}")

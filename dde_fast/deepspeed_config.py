@@ -93,6 +93,8 @@ def read_engine_config(config: TrainConfig, world_size: int) -> EngineConfig:
                 f"deepspeed_config: {section}.{key}: expected true (else a gradient that is not "
                 f"finite ends up in the weights), got {ds[section][key]!r}"
             )
+    if "optimizer" not in ds:  # those of our table are tested
+        ds.setdefault("zero_allow_untested_optimizer", True)
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dde_fast import ema
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
+from dde_fast.optimizers import load_optimizer
 
 
 @contextlib.contextmanager
@@ -84,34 +86,41 @@ def check_json(e: EngineConfig) -> None:
 
 
 def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
-    """DeepSpeed's engine around the policy: AdamW with linear warm-up unless the JSON names its
-    own optimizer or scheduler."""
+    """DeepSpeed's engine around the policy: the configuration's optimizer with linear warm-up unless
+    the JSON names its own optimizer or scheduler."""
     import deepspeed
 
     if c.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    optimizer = functools.partial(
-        torch.optim.AdamW,
-        lr=c.learning_rate,
-        betas=(c.adam_beta1, c.adam_beta2),
-        eps=c.adam_eps,
-        weight_decay=c.weight_decay,
-        fused=True,
-    )
     scheduler = functools.partial(
         torch.optim.lr_scheduler.LambdaLR,
         lr_lambda=lambda step: min(1.0, (step + 1) / max(1, c.warmup_steps)),
     )
     engine, *_ = deepspeed.initialize(
         model=unet,
-        model_parameters=list(unet.parameters()),
-        optimizer=None if "optimizer" in e.json else optimizer,
+        model_parameters=[weight for weight in unet.parameters() if weight.requires_grad],
+        optimizer=load_optimizer(c, e),
         lr_scheduler=None if "scheduler" in e.json else scheduler,
         config=e.json,
     )
     if e.stage == 0 and not getattr(engine.optimizer, "_step_supports_amp_scaling", False):
         _skips_when_told(engine.optimizer)
+    if c.ema_decay:
+        ema.attach(engine, c.ema_decay)
+    return engine
+
+
+def start_sharded_reference(e: EngineConfig, unet: torch.nn.Module):
+    """DeepSpeed's engine around a frozen model: each rank holds its share of the weights."""
+    import deepspeed
+
+    kept = ("bf16", "bfloat16", "fp16", "train_batch_size", "train_micro_batch_size_per_gpu")
+    json = {key: e.json[key] for key in kept if key in e.json}
+    json |= {"zero_optimization": {"stage": 3}, "timers": e.json["timers"]}
+    json["gradient_accumulation_steps"] = e.accumulation
+    engine, *_ = deepspeed.initialize(model=unet, config=json)
+    engine.eval()
     return engine
 
 

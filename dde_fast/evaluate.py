@@ -41,6 +41,9 @@ DEFAULT_REWARDS = {
 }
 """Rewards of the embedded prompt sets; a file of prompts needs `--rewards`."""
 
+LORA = "pytorch_lora_weights.safetensors"
+"""The file that makes a directory one of adapters."""
+
 RESAMPLES = 10_000
 """Bootstrap resamples behind each interval."""
 
@@ -52,8 +55,8 @@ class Evaluation:
     base: str = "embedded"
     """The model to compare with: "embedded" or a diffusers pipeline directory."""
     aligned: list[str] = field(default_factory=list)
-    """Models to compare, NAME=PATH each: a pipeline directory, or a UNet directory, which is put
-    into the base's pipeline."""
+    """Models to compare, NAME=PATH each: a pipeline directory, or one of a UNet or LoRA, which is
+    put into the base's pipeline."""
     prompts: str = "faces"
     """Prompts: "faces", "style" (held-out names), or a text file, one prompt a line. Image i gets
     prompt i modulo their number."""
@@ -120,15 +123,17 @@ def aligned_models(config: Evaluation) -> dict[str, str]:
 
 
 def model_folder(model: str, *, unet_allowed: bool) -> Path:
-    """The directory of "embedded", a pipeline directory or (if allowed) a UNet directory."""
+    """The directory of "embedded", a pipeline directory or (if allowed) one of a UNet or LoRA."""
     folder = embedded.model_path() if model == "embedded" else Path(model)
     if (folder / "model_index.json").is_file():
+        return folder
+    if unet_allowed and (folder / LORA).is_file():
         return folder
     if unet_allowed and (folder / "config.json").is_file():
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         if kind == "UNet2DConditionModel":
             return folder
-    also = " or UNet2DConditionModel" if unet_allowed else ""
+    also = ", UNet2DConditionModel or LoRA" if unet_allowed else ""
     raise ValueError(
         f'model: expected "embedded" or the directory of a diffusers pipeline{also}, got {model!r}'
     )
@@ -137,13 +142,19 @@ def model_folder(model: str, *, unet_allowed: bool) -> Path:
 def load_pipeline(base: str, model: str, device: torch.device) -> DiffusionPipeline:
     """A pipeline of Stable Diffusion or SDXL in float32 with a DDIM sampler.
 
-    `model` is "embedded", a pipeline directory, or a UNet directory that replaces the base's UNet.
+    `model` is "embedded", a pipeline directory, a UNet directory that replaces the base's UNet, or a
+    LoRA directory that is added to it.
     """
-    folder, parts = model_folder(model, unet_allowed=True), {}
+    folder = given = model_folder(model, unet_allowed=True)
+    parts: dict[str, Any] = {}
     if not (folder / "model_index.json").is_file():
-        parts["unet"] = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+        if not (given / LORA).is_file():
+            parts["unet"] = UNet2DConditionModel.from_pretrained(given, torch_dtype=torch.float32)
         folder = model_folder(base, unet_allowed=False)
-    return ddim_pipeline(str(folder), **parts).to(device)
+    pipeline = ddim_pipeline(str(folder), **parts)
+    if (given / LORA).is_file():
+        pipeline.load_lora_weights(given, weight_name=LORA)
+    return pipeline.to(device)
 
 
 def ddim_pipeline(model: str, **parts: Any) -> DiffusionPipeline:

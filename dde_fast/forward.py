@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ class PairForward:
         e: EngineConfig,
         inputs: Inputs,
         engine,
-        reference: torch.nn.Module | None,
+        reference: Callable | None,  # called like the UNet
         loss_fn: PreferenceLoss,
     ):
         device = loss_fn.ratios.device

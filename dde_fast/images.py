@@ -29,7 +29,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000
 """What is decoded. Pillow knows more, some of which starts other programs."""
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
-_PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+_PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
 _TRANSPARENT = ("LA", "PA", "RGBA", "RGBa")
 
 
@@ -37,6 +37,8 @@ class Unusable(Exception):
     """A row or an image that cannot be trained on."""
 
     def __init__(self, reason: str, detail: str = ""):
+        # it may hold names that are no Unicode; it shall be printable anywhere
+        detail = detail.encode(errors="backslashreplace").decode()[:300]
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail = reason, detail
 
@@ -65,7 +67,7 @@ def decode(data: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> I
             if min(width, height) < min_side:
                 raise Unusable("too small image", f"{width} x {height}, below {min_side}")
             picture.load()
-            return _rgb(ImageOps.exif_transpose(picture))
+            return _rgb(ImageOps.exif_transpose(picture), picture.format)
     except Unusable:
         raise
     except Image.DecompressionBombError as error:
@@ -78,7 +80,7 @@ def decode(data: bytes, *, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> I
         raise Unusable(reason, type(error).__name__ + detail) from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Geometry:
     """How both images of a pair are cropped and flipped."""
 
@@ -149,9 +151,10 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image, kind: str) -> Image.Image:
     """The image in 8-bit RGB; raises Unusable where there is no one right way to get there."""
-    if picture.mode == "I" and picture.format == "PNG" or picture.mode in _SIXTEEN_BITS:
+    # a PNG of 16 bits is "I" to older versions of Pillow
+    if picture.mode in _SIXTEEN_BITS or (picture.mode, kind) == ("I", "PNG"):
         # Pillow's own conversion of 16 bits clips at 255
         return Image.fromarray(
             (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)

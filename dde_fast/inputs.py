@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dde_fast import checkpoint, embedded, models, prepare, schedule
+from dde_fast import checkpoint, embedded, lora, models, prepare, schedule
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
@@ -18,11 +18,12 @@ from dde_fast.engine import device_of_process, say
 from dde_fast.evaluate import read_prompts
 from dde_fast.loss import PreferenceLoss
 from dde_fast.metrics import check_wandb
+from dde_fast.optimizers import load_optimizer
 from dde_fast.prepare import Preparation, PrepareConfig
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend attention cache_gib log_every save_every local_rank validation_pairs validation_split "
+    "backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs validation_split "
     "validation_limit validation_draws validation_every grid_every grid_prompts grid_images grid_steps "
     "grid_guidance wandb_project peak_tflops keep max_skipped max_winner_error".split()
 )
@@ -55,6 +56,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     Raises:
         ValueError, OSError: one of them is missing, broken, or not what the others need.
     """
+    load_optimizer(c, e)  # whether there is one
     start = place_of_run(c)
 
     # The pairs
@@ -97,6 +99,8 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     }
     if start is not None:
         checkpoint.check_continues(start, identity)
+    if c.lora_rank:  # after the model's fingerprint was taken
+        lora.add_adapters(unet, c)
     say(f"pairs: {pairs}")  # reads a source's rows
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(

@@ -12,9 +12,7 @@ reference is the same UNet in the compute dtype.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -315,26 +313,3 @@ def fingerprint(module: torch.nn.Module) -> str:
         digest.update(f"{name} {list(parameter.shape)}".encode())
         digest.update(values)
     return digest.hexdigest()
-
-
-def save_unet(engine, checkpoint: Path, directory: Path) -> None:
-    """Write the engine's UNet for diffusers, in exact float32. Rank 0 only; not a collective.
-
-    Args:
-        engine: the DeepSpeed engine.
-        checkpoint: a complete checkpoint of this very step: under ZeRO it holds the float32
-            weights that the ranks share, while the engine's own may be 16-bit or partitioned.
-        directory: where to write.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    if engine.zero_optimization_stage() == 0:
-        state = engine.module.state_dict()
-    else:
-        talk = io.StringIO()  # it prints every parameter group and draws progress bars
-        with contextlib.redirect_stdout(talk), contextlib.redirect_stderr(talk):
-            state = get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, checkpoint.name)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(engine.module.config)
-    unet.load_state_dict(state, assign=True)
-    unet.save_pretrained(directory)

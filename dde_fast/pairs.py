@@ -12,7 +12,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from dde_fast import file_pairs, parquet_pairs
+from dde_fast import file_pairs, listed_pairs, parquet_pairs
 from dde_fast.records import Image, Pair, Rejected, Source
 
 __all__ = ["KINDS", "Image", "Kind", "Pair", "Rejected", "Source", "open_source"]
@@ -39,22 +39,22 @@ def _is_parquet(fs: AbstractFileSystem, path: str, split: str) -> bool:
 
 
 def _is_table(fs: AbstractFileSystem, path: str, split: str) -> bool:
-    return file_pairs.listing(fs, path, split, file_pairs.Table.SUFFIXES) is not None
+    return listed_pairs.listing(fs, path, split, listed_pairs.Table.SUFFIXES) is not None
 
 
 def _is_rankings(fs: AbstractFileSystem, path: str, split: str) -> bool:
-    return file_pairs.listing(fs, path, split, file_pairs.Rankings.SUFFIXES) is not None
+    return listed_pairs.listing(fs, path, split, listed_pairs.Rankings.SUFFIXES) is not None
 
 
 KINDS = (
     Kind("a folder of pairs (w/, l/)", _is_pair_folder, file_pairs.PairFolder),
     Kind("a parquet file or a folder of them", _is_parquet, parquet_pairs.PickAPic),
-    Kind("a CSV or JSONL table", _is_table, file_pairs.Table),
-    Kind("HPDv2's JSON", _is_rankings, file_pairs.Rankings),
+    Kind("a CSV or JSONL table", _is_table, listed_pairs.Table),
+    Kind("HPDv2's JSON", _is_rankings, listed_pairs.Rankings),
 )
 """Sources, the first that recognises a path reads it."""
 
-_SUFFIXES = (".parquet", *file_pairs.Table.SUFFIXES, *file_pairs.Rankings.SUFFIXES)
+_SUFFIXES = (".parquet", *listed_pairs.Table.SUFFIXES, *listed_pairs.Rankings.SUFFIXES)
 
 
 def open_source(spec: str | Path, split: str = "train", limit: int = 0) -> Source:

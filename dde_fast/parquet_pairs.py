@@ -8,6 +8,7 @@ bytes) only when an image is asked for, or has no uid. The others are not touche
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ class PickAPic(Source):
         digest = hashlib.sha256()
         for path in self.files:
             size = self.fs.size(path)
-            digest.update(f"{posixpath.relpath(path, self.path)} {size}\n".encode())
+            digest.update(os.fsencode(f"{posixpath.relpath(path, self.path)} {size}\n"))
             # the footer, at the end, holds the sizes and statistics of every part
             digest.update(self.fs.cat_file(path, end=min(size, _EDGE)))
             digest.update(self.fs.cat_file(path, start=max(0, size - _EDGE)))
@@ -106,8 +107,9 @@ class PickAPic(Source):
 
 
 def parquet_files(fs: AbstractFileSystem, path: str) -> list[str]:
-    """The parquet files in a folder and those below, in order of their names."""
-    return sorted(file for file in fs.find(path) if file.endswith(".parquet"))
+    """The parquet files in a folder and those below, in order of their names; no hidden ones."""
+    files = (file for file in fs.find(path) if file.endswith(".parquet"))
+    return sorted(file for file in files if "/." not in f"/{posixpath.relpath(file, path)}")
 
 
 def _of_split(files: list[str], folder: str, split: str) -> list[str]:
@@ -209,7 +211,8 @@ def _reading(path: str) -> Iterator[None]:
     """What parquet and file systems raise, as one ValueError that names the file."""
     try:
         yield
-    except (OSError, ValueError, MemoryError, StopIteration, pa.ArrowException) as error:
+    except Exception as error:  # every remote file system raises errors of its own
         if str(error).startswith("pairs: "):
             raise
-        raise ValueError(f"pairs: expected a parquet file, got {path!r} ({error})") from None
+        got = f"{path!r} ({type(error).__name__}: {error})"
+        raise ValueError(f"pairs: expected a parquet file, got {got}") from None

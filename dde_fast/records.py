@@ -13,7 +13,8 @@ MAX_CAPTION = 10_000
 """Characters. Text encoders read some 77 tokens; a tokenizer given megabytes would hang."""
 
 
-@dataclass(frozen=True)
+# slots: a million of them are held at once
+@dataclass(frozen=True, slots=True)
 class Image:
     """One picture of a source, not yet read."""
 
@@ -23,7 +24,7 @@ class Image:
     """Where its bytes are, for `Source.read`; sorted places are read fastest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """Two images of one caption, the first preferred."""
 
@@ -35,7 +36,7 @@ class Pair:
     loser: Image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """A row that is no pair."""
 

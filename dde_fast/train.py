@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dde_fast import checkpoint, config, flops, models
+from dde_fast import checkpoint, config, export, flops, lora, models
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
@@ -43,6 +43,7 @@ from dde_fast.engine import (
     say,
     start_engine,
     start_process,
+    start_sharded_reference,
     step_optimizer,
 )
 from dde_fast.forward import PairForward
@@ -120,7 +121,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             with log.aside():
                 log.picture(done, "grids", grids(forward.engine, f"step {done}"))
 
-    # The result: a UNet that diffusers loads, in exact float32
+    # The result: weights that diffusers loads, in exact float32
     stop.restore()
     log.close()
     batches.close()
@@ -134,10 +135,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     if stopped:
         what = f"and saved {saved}; continue with --resume latest" if saved else "at its beginning"
         say(f"stopped by a signal {what}")
-    elif dist.get_rank() == 0:
-        with checkpoint.without_pickle():
-            models.save_unet(forward.engine, saved, output / "unet")
-        say(f"trained UNet: {output / 'unet'}")
+    else:
+        folders = export.save_results(forward.engine, c, inputs.identity)
+        say(f"trained: {', '.join(map(str, folders))}")
     dist.barrier()
 
 
@@ -233,9 +233,13 @@ def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device)
     engine = start_engine(c, e, inputs.unet)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
-    if loss_fn.objective.needs_reference:
+    if loss_fn.objective.needs_reference and c.lora_rank:
+        reference = lora.AdaptersOff(engine)
+    elif loss_fn.objective.needs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
         use_attention(reference, c.attention, e.dtype, device)
+        if c.shard_reference:
+            reference = start_sharded_reference(e, reference)
     return PairForward(c, e, inputs, engine, reference, loss_fn)
 
 

@@ -54,3 +54,19 @@ def on_all_sets_and_threads(make):
         torch.set_num_threads(threads)
         compiled.isa(before)
     return seen
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory):
+    """What one rank left of every run in `variants.py`."""
+    from variants import run_alone
+
+    return run_alone(tmp_path_factory.mktemp("variants"))
+
+
+@pytest.fixture(scope="session")
+def variants_of_two(variants):
+    """The same of two ranks."""
+    from variants import run_pair
+
+    return run_pair(variants)

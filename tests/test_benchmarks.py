@@ -77,3 +77,45 @@ def test_the_picture_is_drawn(tmp_path):
         curves = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
         assert curves["cpp"] == [1e-3, 8e-3, 32e-3]
         assert curves["bytes at the copy bandwidth"] == [1e-4, 8e-4, 32e-4]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl-lora"])
+def test_a_full_size_run_made_small_takes_its_steps(tmp_path, name):
+    if name.endswith("lora"):
+        pytest.importorskip("peft")
+    path = tmp_path / "run.json"
+    command = [sys.executable, "benchmarks/full_size.py", name, "--small", "--steps", "2"]
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    done = subprocess.run(
+        [*command, "--output", str(path)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = json.loads(path.read_text())
+    assert run["losses"][0] == pytest.approx(0.693147, abs=1e-6)
+    assert run["losses"][1] != run["losses"][0]
+    assert (run["trained"] < run["parameters"]) == (name == "sdxl-lora")
+    assert {f"{phase} {i}" for phase in ("forward", "backward", "optimizer") for i in (1, 2)} < set(
+        run["phases"]
+    )
+    assert run["peak_GiB"] > 0 and run["machine"]["versions"]["torch"]
+
+
+def test_the_memory_table_is_counted_from_the_published_unets(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import memory_table
+    import published
+
+    for name, count in published.PARAMETERS.items():
+        assert memory_table.parameters(name) == count
+    # by hand: 3 frozen and 8 trained parameters on 4 GPUs
+    counted = [
+        memory_table.bytes_per_gpu(3, 8, 4, stage, reference=True, shard_reference=stage == 3)
+        for stage in (1, 2, 3)
+    ]
+    assert counted == [22 + 16 + 32 + 22, 22 + 4 + 32 + 22, 5.5 + 4 + 32 + 5.5]
+    page = memory_table.PAGE.read_text(encoding="utf-8")
+    assert page == memory_table.render(page)
+    assert "✗" in page and "| 64 × 80 GB |" in page

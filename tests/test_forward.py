@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from dde_fast import models, noise
-from dde_fast.cache import Batch
 from dde_fast.config import TrainConfig
 from dde_fast.forward import PairForward
+from dde_fast.loader import Batch
 from dde_fast.loss import PreferenceLoss
 
 BETA = 10.0

@@ -66,7 +66,7 @@ def test_sixteen_bits_keep_the_upper_eight(kind):
     assert [found.getpixel((x, 0)) for x in range(4)] == [(v,) * 3 for v in (0, 1, 128, 255)]
 
 
-@pytest.mark.parametrize("mode", ["F", "I"])
+@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
 def test_a_mode_without_one_right_conversion_is_refused(mode):
     with pytest.raises(Unusable) as why:
         decode(encoded(Image.new(mode, (4, 4)), "tiff"))

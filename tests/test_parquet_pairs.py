@@ -173,6 +173,28 @@ def test_sorted_places_read_each_row_group_once(tmp_path, monkeypatch):
         assert data == tiny.png(int(image.key.removeprefix("uid-")))
 
 
+@pytest.mark.parametrize("place", [(0, 0, 99, 0), (0, 5, 0, 0)])
+def test_a_place_that_is_there_no_more_is_one_clear_error(tmp_path, place):
+    with pytest.raises(ValueError, match="pairs: expected a parquet file, got .*train.parquet"):
+        list(source(tmp_path, uid_rows(3)).read([place]))
+
+
+def test_a_network_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    class Lost(Exception):
+        """As remote file systems have them: no OSError."""
+
+    opened = source(tmp_path, uid_rows(3))
+    place = next(opened.rows()).winner.place
+
+    def fail(self, *args, **kwargs):
+        raise Lost("connection reset")
+
+    monkeypatch.setattr(type(opened.fs), "_open", fail)
+    for use in (lambda: list(opened.rows()), lambda: list(opened.read([place]))):
+        with pytest.raises(ValueError, match=r"pairs: .*train.parquet' \(Lost: connection reset"):
+            use()
+
+
 def test_an_absent_image_reads_as_no_bytes(tmp_path):
     rows = uid_rows(3)
     rows[1] |= {"jpg_0": None}
@@ -196,6 +218,9 @@ def test_a_folder_has_splits(tmp_path):
     assert len(list(open_source(tmp_path, "test").rows())) == 4  # not those of test_unique
     with pytest.raises(ValueError, match=r"split: expected .*'dev'.*got \['data', 'test', "):
         open_source(tmp_path, "dev")
+    put_aside = tmp_path / "data/._train-0.parquet"
+    put_aside.write_bytes(b"what macOS leaves beside a file")
+    assert len(list(open_source(tmp_path, "train").rows())) == 5
     (tmp_path / "default/dev").mkdir(parents=True)
     tiny.write_pairs(tmp_path / "default/dev/0000.parquet", tiny.rows(7))
     assert len(list(open_source(tmp_path, "dev").rows())) == 7

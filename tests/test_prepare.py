@@ -23,6 +23,15 @@ from dde_fast.pairs import open_source
 from dde_fast.plan import make_plan
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models are so small that threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("model"))

@@ -67,7 +67,10 @@ BAD = {
     "unknown link": (["--link", "tanh"], "link: expected one of"),
     "sft with a link": (["--objective", "sft", "--link", "ipo"], "link: objective 'sft'"),
     "unknown backend": (["--backend", "tpu"], "backend: expected one of"),
-    "no such pairs": (["--pairs", "nowhere.parquet"], "pairs: expected a parquet file or a folder"),
+    "no such pairs": (
+        ["--pairs", "nowhere.parquet"],
+        "got 'nowhere.parquet', where there is nothing",
+    ),
     "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
     "no such held-out pairs": (
@@ -137,7 +140,7 @@ def test_broken_files_are_one_line_and_exit_2(folder, capfd):
     assert "deepspeed_config: expected JSON" in fails(
         [*folder.args("bad"), "--deepspeed_config", str(broken)], capfd
     )
-    assert "pairs: expected a parquet file" in fails(
+    assert "/broken', which is none of them" in fails(
         [*folder.args("bad"), "--pairs", str(broken)], capfd
     )
     half = folder.path / "half.parquet"

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from faults import FAULTS
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dde_fast import config, metrics, noise, ops, train
+from dde_fast import config, lora, metrics, noise, ops, train
 from dde_fast.cache import Cache
 from dde_fast.inputs import open_pairs
 from dde_fast.loss import PreferenceLoss
@@ -43,7 +44,11 @@ def plain(args: list[str]) -> None:
     mean, std, sizes = (
         x.float().chunk(2) for x in (everything.mean, everything.std, everything.sizes)
     )
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=c.learning_rate, eps=c.adam_eps)
+    if c.lora_rank:
+        lora.add_adapters(policy, c)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    average = EMAModel(trained, decay=c.ema_decay)
+    optimizer = torch.optim.AdamW(trained, lr=c.learning_rate, eps=c.adam_eps)
     probabilities, losses = loss_fn.timestep_probabilities(0, c.timestep_high), []
     stream = []
     for epoch in range(c.steps * batch // len(data) + 1):
@@ -78,13 +83,19 @@ def plain(args: list[str]) -> None:
             inputs["added_cond_kwargs"] = {"text_embeds": texts["pooled"], "time_ids": ids}
         out = loss_fn(policy(**inputs).sample, reference(**inputs).sample, target, t)
         out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = c.learning_rate * min(1, (step + 1) / c.warmup_steps)
         optimizer.step()
+        average.step(trained)
         optimizer.zero_grad()
         losses.append(out.loss.item())
-    policy.save_pretrained(Path(c.output) / "unet")
+    for ending in ("", "_ema"):
+        if c.lora_rank:
+            policy.save_lora_adapter(f"{c.output}/lora{ending}")
+        else:
+            policy.save_pretrained(f"{c.output}/unet{ending}")
+        average.copy_to(trained)
     save_file({"ratios": loss_fn.ratios}, Path(c.output) / "ratios.safetensors")
     (Path(c.output) / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": i + 1, "loss": loss}) + "\n" for i, loss in enumerate(losses))
