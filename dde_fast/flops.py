@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from dde_fast.objectives import get_objective
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.0,
+    "H200 NVL": 836.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -24,19 +26,18 @@ PEAK_TFLOPS = {
     "L40S": 362.0,
     "A40": 150.0,
     "RTX A6000": 155.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
     "MI300X": 1307.0,
 }
-"""Part of a device's name -> dense 16-bit matrix arithmetic with float32 sums, from the vendors'
+"""Words of a device's name -> dense 16-bit matrix arithmetic with float32 sums, from the vendors'
 data sheets. The first that fits counts."""
 
 
 def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
     """What a device could do in that dtype, 10¹² operations per second; None where not known."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or "MIG" in device_name:  # a slice of a device
         return None
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    known = PEAK_TFLOPS.items()
+    return next((peak for name, peak in known if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def pairs_at_peak(

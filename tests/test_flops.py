@@ -63,6 +63,10 @@ def test_a_model_that_takes_a_pooled_embedding(unet):
         ("NVIDIA H100 PCIe", torch.bfloat16, 756.0),
         ("NVIDIA H100 80GB HBM3", torch.float16, 989.0),
         ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312.0),
+        ("NVIDIA GH200 480GB", torch.bfloat16, 989.0),
+        ("NVIDIA H200 NVL", torch.bfloat16, 836.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, None),
+        ("NVIDIA RTX A4000", torch.bfloat16, None),  # no A40
         ("NVIDIA H200", torch.float32, None),
         ("NVIDIA GeForce GTX 1080", torch.float16, None),
         ("CPU", torch.bfloat16, None),
