@@ -153,7 +153,9 @@ def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) ->
     """Write the run's model card: what was trained, on what, how, and how to load it."""
     output, load = Path(c.output), LOAD_LORA if c.lora_rank else LOAD_UNET
     model = str(embedded.model_path()) if c.model == "embedded" else c.model
-    last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    held_out = {f"validation {name}": value for name, value in last.pop("validation", {}).items()}
+    metrics = {k: v for k, v in (last | held_out).items() if isinstance(v, float | int)}
     blocks = {"Configuration": (output / "config.json").read_text(encoding="utf-8")}
     for place in (Path(c.pairs), output / "cache"):
         if (place / "manifest.json").is_file():
@@ -174,7 +176,7 @@ def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) ->
         content=identity["pairs"],
         averaged=AVERAGED.format(folder=folders[1].name) if c.ema_decay else "",
         load=load.format(model=model, folder=folders[0].as_posix()),
-        metrics="\n".join(f"| {name} | {value:.6g} |" for name, value in json.loads(last).items()),
+        metrics="\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items()),
         blocks="\n".join(f"## {t}\n\n```json\n{b.strip()}\n```\n" for t, b in blocks.items()),
     )
     ModelCard(card).save(output / "README.md")

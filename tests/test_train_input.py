@@ -79,6 +79,18 @@ BAD = {
     "no such file": (["--model", "away.safetensors"], "model: expected a .safetensors file"),
     "no such attention": (["--attention", "paged"], "attention: expected one of"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
+    "no such held-out pairs": (
+        ["--validation_pairs", "away.parquet"],
+        "validation_pairs: expected",
+    ),
+    "held-out pairs never": (["--validation_every", "0"], "validation_every: expected at least 1"),
+    "grids of nothing": (
+        ["--grid_every", "2"],
+        "grid_prompts: expected faces, style or a text file",
+    ),
+    "too many images": (["--grid_images", "17"], "grid_images: expected 1 to 16, got 17"),
+    "weak guidance": (["--grid_guidance", "0.5"], "grid_guidance: expected at least 1, got 0.5"),
+    "no peak": (["--peak_tflops", "-1"], "peak_tflops: expected 0"),
     "nothing to resume": (["--resume", "latest"], "resume: expected a complete checkpoint"),
     "no such checkpoint": (["--resume", "away/step-00000001"], "resume: expected a complete"),
 }
@@ -88,6 +100,13 @@ BAD = {
 def test_bad_flags_are_one_line_and_exit_2(folder, capfd, name):
     flags, message = BAD[name]
     assert message in fails(folder.args("bad") + flags, capfd)
+    assert not (folder.path / "bad").exists()
+
+
+def test_a_missing_package_is_one_line_and_exit_2(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = fails([*folder.args("bad"), "--wandb_project", "faces"], capfd)
+    assert "wandb_project: expected the package wandb (pip install wandb)" in message
     assert not (folder.path / "bad").exists()
 
 
@@ -196,16 +215,16 @@ def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["marker", "file", "size", "json"])
+@pytest.mark.parametrize("damage", ["marker", "file", "size", "content", "json"])
 def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
     for step in (1, 2):
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "weights").write_bytes(b"1234")
-        state = {"step": step, "position": 4 * step, "world_size": 1, "identity": {}}
+        state = {"step": step, "position": 4 * step, "world_size": 1, "skipped": 0, "identity": {}}
         (path / "state.json").write_text(json.dumps(state))
-        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-        (path / checkpoint.MARKER).write_text(json.dumps(sizes))
+        contents = checkpoint._contents(path)
+        (path / checkpoint.MARKER).write_text(json.dumps(contents))
     assert checkpoint.find("latest", tmp_path)[0].step == 2
     newest = tmp_path / "step-00000002"
     if damage == "marker":
@@ -214,6 +233,8 @@ def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
         (newest / "weights").unlink()
     elif damage == "size":
         (newest / "weights").write_bytes(b"12")
+    elif damage == "content":
+        (newest / "weights").write_bytes(b"1235")
     else:
         (newest / checkpoint.MARKER).write_text("{")
     found, torn = checkpoint.find("latest", tmp_path)
