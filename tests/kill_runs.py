@@ -65,19 +65,20 @@ def saving(checkpoints: Path) -> bool:
     return any(not (tag / checkpoint.MARKER).exists() for tag in tags)
 
 
-def kill(pids: list[int], checkpoints: Path, moment: float, in_a_save: bool) -> bool:
-    """Kill all ranks after so many seconds, or then in the next save; whether they still ran."""
-    start = time.monotonic()
+def ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kill(pids: list[int], checkpoints: Path, moment: float, save: int) -> bool:
+    """Kill all ranks after so many seconds, or, if `save` is above 0, within the save of that
+    number; whether they still ran."""
+    start, seen, before = time.monotonic(), 0, False
     while True:
-        alive = [
-            pid
-            for pid in pids
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ]
-        if len(alive) < len(pids):
+        if any(ended(pid) for pid in pids):
             return False
-        late = time.monotonic() - start > moment
-        if late and (not in_a_save or saving(checkpoints)):
+        now = saving(checkpoints)
+        seen, before = seen + (now and not before), now
+        if seen == save and now if save else time.monotonic() - start > moment:
             break
         time.sleep(0.0005)
     for pid in pids:
@@ -138,8 +139,8 @@ def torture(folder: Folder, stage: int, ranks: int, kills: int, steps: int, seed
         row["resumed"] += checkpoint.any_in(run / "checkpoints")
         pids, hit, done = fork(flags, ranks, log), False, 0
         if row["kills"] < kills:
-            in_a_save = row["kills"] % 2 == 1
-            hit = kill(pids, run / "checkpoints", choice.uniform(0, took), in_a_save)
+            save = choice.randint(1, 4) if row["kills"] % 2 else 0
+            hit = kill(pids, run / "checkpoints", choice.uniform(0.2, 1) * took, save)
         codes = wait(pids)
         if hit:
             row["kills"] += 1

@@ -87,7 +87,7 @@ def test_another_number_of_ranks_continues_the_run(folder, kind, whole, n):
     assert kept(folder, f"{kind}{n}") == [STEPS]
     # nothing is left of the conversion
     left = {path.name for path in (folder.path / f"{kind}{n}/checkpoints").iterdir()}
-    assert left == {"latest", f"step-{STEPS:08d}"}
+    assert left - {"zero_to_fp32.py", "zero_to_torch.py"} == {"latest", f"step-{STEPS:08d}"}
 
 
 def tensors(value) -> list[torch.Tensor]:
