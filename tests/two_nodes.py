@@ -68,10 +68,14 @@ def run(commands: list[list[str]], where: Path) -> None:
         processes.append(
             (subprocess.Popen(command, env=environment(**more), stdout=log, stderr=log), log)
         )
-    for process, log in processes:
-        code = process.wait(timeout=400)
-        log.seek(0)
-        assert code == 0, log.read()[-4000:]
+    try:
+        for process, log in processes:
+            code = process.wait(timeout=600)
+            log.seek(0)
+            assert code == 0, log.read()[-4000:]
+    finally:
+        for process, _ in processes:
+            process.kill()
 
 
 def torchrun(rank: int, args: list[str]) -> list[str]:
@@ -87,6 +91,7 @@ def deepspeed(rank: int, args: list[str], hostfile: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 2, 3])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows = []
@@ -94,7 +99,7 @@ def main() -> None:
         folder = Folder(Path(place))
         hostfile = folder.path / "hostfile"
         hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-        for n in (0, 2, 3):
+        for n in options.stages:
             ds = stage(n, **HALF)
             local = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
             local += ["--master_port", PORT, SCRIPT, *folder.args(f"local{n}", ds=ds)]
