@@ -50,7 +50,8 @@ def picture(path: Path, about: str) -> list[str]:
 SHOWN = [
     ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 16, "shape": [4, 64, 64]}),
     ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 128, "shape": [4, 128, 128]}),
-    ("add_noise", {"op": "add_noise", "pairs": 16, "shape": [4, 64, 64]}),
+    ("add_noise", {"op": "add_noise", "layout": "contiguous_format", "pairs": 16, "shape": [4, 64, 64]}),
+    ("add_noise, channels_last", {"op": "add_noise", "layout": "channels_last", "pairs": 16, "shape": [4, 64, 64]}),
     ("ddim_step, forward + backward", {"op": "ddim_step", "mode": "both", "pairs": 16, "shape": [4, 64, 64]}),
 ]  # fmt: skip
 """Rows of the README's table: (what, the extra_info that selects it)."""
