@@ -65,19 +65,20 @@ def saving(checkpoints: Path) -> bool:
     return any(not (tag / checkpoint.MARKER).exists() for tag in tags)
 
 
-def kill(pids: list[int], checkpoints: Path, moment: float, in_a_save: bool) -> bool:
-    """Kill all ranks after so many seconds, or then in the next save; whether they still ran."""
-    start = time.monotonic()
+def ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def kill(pids: list[int], checkpoints: Path, moment: float, save: int) -> bool:
+    """Kill all ranks after so many seconds, or, if `save` is above 0, within the save of that
+    number; whether they still ran."""
+    start, seen, before = time.monotonic(), 0, False
     while True:
-        alive = [
-            pid
-            for pid in pids
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        ]
-        if len(alive) < len(pids):
+        if any(ended(pid) for pid in pids):
             return False
-        late = time.monotonic() - start > moment
-        if late and (not in_a_save or saving(checkpoints)):
+        now = saving(checkpoints)
+        seen, before = seen + (now and not before), now
+        if seen == save and now if save else time.monotonic() - start > moment:
             break
         time.sleep(0.0005)
     for pid in pids:
@@ -109,15 +110,20 @@ def without_paths(state: dict) -> dict:
     return {key: value for key, value in state.items() if key != "ds_config"}
 
 
-def same(a, b) -> bool:
-    """Equal to the last bit, tensors included."""
+def differences(a, b, place: str = "") -> list[str]:
+    """Where two nests of containers are not equal to the last bit, tensors included."""
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        if a.keys() != b.keys():
+            return [f"{place}: {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [x for key in a for x in differences(a[key], b[key], f"{place}/{key}")]
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or type(a).__module__.startswith("deepspeed")  # loss scaler, without state
+        if len(a) != len(b):
+            return [f"{place}: {len(a)} and {len(b)} long"]
+        return [x for i in range(len(a)) for x in differences(a[i], b[i], f"{place}/{i}")]
+    # DeepSpeed's loss scaler has no equality, and no state in fp32
+    return [] if a == b or type(a).__module__.startswith("deepspeed") else [place]
 
 
 def torture(folder: Folder, stage: int, ranks: int, kills: int, steps: int, seed: int) -> dict:
@@ -138,15 +144,17 @@ def torture(folder: Folder, stage: int, ranks: int, kills: int, steps: int, seed
         row["resumed"] += checkpoint.any_in(run / "checkpoints")
         pids, hit, done = fork(flags, ranks, log), False, 0
         if row["kills"] < kills:
-            in_a_save = row["kills"] % 2 == 1
-            hit = kill(pids, run / "checkpoints", choice.uniform(0, took), in_a_save)
+            save = choice.randint(1, 3) if row["kills"] % 2 else 0
+            hit = kill(pids, run / "checkpoints", choice.uniform(0.2, 1) * took, save)
         codes = wait(pids)
         if hit:
             row["kills"] += 1
             row["in_a_save"] += saving(run / "checkpoints")
             continue
         assert codes == [0] * ranks, log.read_text()[-4000:]
-        row["bit_identical"] &= same(content(run, steps), expected)
+        found = differences(content(run, steps), expected)
+        print(*found[:20], sep="\n", end="\n" if found else "")
+        row["bit_identical"] &= not found
         row["finished_runs"] += 1
         done = 1
         shutil.rmtree(run)

@@ -27,7 +27,8 @@ def folder(tmp_path_factory) -> Folder:
     ]
     # the ranks' shares of a step are two micro-batches
     split = args("interrupted", ds=stage(2, **QUARTER))
-    full = args("full", ds=half, save_every=2)
+    slowly = {"learning_rate": 1e-4}  # at ten times that, rounding alone is 4e-7 in the weights
+    full = args("full", ds=half, save_every=2, **slowly)
     diverged = args("diverged", ds=half, steps=50, max_skipped=3)
     pair = [
         {"args": args("whole", ds=stage(2, **QUARTER))},
@@ -41,14 +42,14 @@ def folder(tmp_path_factory) -> Folder:
     for n in STAGES:  # 3 last: DeepSpeed then replaces torch's linear for the rest of the process
         one, two = stage(n), stage(n, **HALF)
         begun = [folder.path / f"{m}{n}/checkpoints/step-00000003" for m in ("one", "two")]
-        alone.append({"args": args(f"one{n}", ds=one, save_every=3)})
+        alone.append({"args": args(f"one{n}", ds=one, save_every=3, **slowly)})
         alone.append(
             {"args": args(f"skipped{n}", ds=one, save_every=1, keep=0), "poison": [0, 2, 2]}
         )
-        pair.append({"args": args(f"two{n}", ds=two, save_every=3)})
-        pair.append({"args": args(f"grown{n}", ds=two, resume=begun[0])})
+        pair.append({"args": args(f"two{n}", ds=two, save_every=3, **slowly)})
+        pair.append({"args": args(f"grown{n}", ds=two, resume=begun[0], **slowly)})
         pair.append({"args": args(f"skipped_pair{n}", ds=two), "poison": [1, 2, 2]})
-        again.append({"args": args(f"shrunk{n}", ds=one, resume=begun[1])})
+        again.append({"args": args(f"shrunk{n}", ds=one, resume=begun[1], **slowly)})
     for kind, step in (("flip", 5), ("pickle", 6)):
         damaged = folder.path / f"pruned/checkpoints/step-{step:08d}"
         again.append({"args": args(kind, resume=damaged), kind: [str(damaged)], "exit": 2})
@@ -82,10 +83,11 @@ def test_another_number_of_ranks_continues_the_run(folder, kind, whole, n):
     assert ahead.abs().max() <= 2e-7
     a, b = folder.unet(f"{kind}{n}"), folder.unet(f"{whole}{n}")
     assert max((a[key] - b[key]).abs().max() for key in a) <= 2e-7
+    assert folder.distance(f"{kind}{n}", f"{whole}{n}") < 5e-3
     assert kept(folder, f"{kind}{n}") == [STEPS]
     # nothing is left of the conversion
     left = {path.name for path in (folder.path / f"{kind}{n}/checkpoints").iterdir()}
-    assert left == {"latest", f"step-{STEPS:08d}"}
+    assert left - {"zero_to_fp32.py", "zero_to_torch.py"} == {"latest", f"step-{STEPS:08d}"}
 
 
 def tensors(value) -> list[torch.Tensor]:
@@ -101,12 +103,12 @@ def tensors(value) -> list[torch.Tensor]:
 def test_a_gradient_that_is_not_finite_moves_nothing(folder, n):
     before, after = (folder.path / f"skipped{n}/checkpoints/step-{step:08d}" for step in (2, 3))
     files = sorted(path.name for path in before.glob("*.pt"))
-    assert len(files) == (1 if n == 0 else 2)
-    for name in files:
-        with without_pickle():
-            a, b = (tensors(torch.load(path / name)) for path in (before, after))
-        assert len(a) == len(b) > 50  # weights, both moments, step counts
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    with without_pickle():
+        a, b = (tensors([torch.load(path / name) for name in files]) for path in (before, after))
+    # the weights, both moments and step counts, one by one or flattened by ZeRO
+    assert len(files) == (1 if n == 0 else 2) and len(a) == len(b)
+    assert sum(x.numel() for x in a) > 3 * sum(x.numel() for x in folder.unet("one0").values())
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     name = "ratios.safetensors"
     assert (before / name).read_bytes() == (after / name).read_bytes()
     assert checkpoint.find(str(after), after)[0].skipped == 1
@@ -114,7 +116,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder, n):
 
 @pytest.mark.parametrize("name", ["skipped_json", *(f"skipped{n}" for n in STAGES)])
 def test_a_skipped_step_is_counted_and_the_run_goes_on(folder, name):
-    records, healthy = folder.metrics(name), folder.metrics("one0")
+    records, healthy = folder.metrics(name), folder.metrics("pruned")
     assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1]
     assert records[2]["loss"] is None and records[2]["grad_norm"] is None
     assert [r["learning_rate"] for r in records] == [r["learning_rate"] for r in healthy]
@@ -131,7 +133,7 @@ def test_a_fault_on_one_rank_skips_the_step_on_all(folder, n):
     records = folder.metrics(f"skipped_pair{n}")
     assert [record["skipped_steps"] for record in records] == [0, 0, 1, 1, 1, 1]
     healthy = finite_losses(folder, "skipped0")
-    found = finite_losses(folder, f"skipped_pair{n}")
+    found = folder.losses(f"skipped_pair{n}")[[0, 1, 3, 4, 5]]
     assert (found - healthy).abs().max() < 1e-6
     assert folder.distance(f"skipped_pair{n}", "skipped0") < 5e-4
 

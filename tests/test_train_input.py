@@ -70,6 +70,9 @@ BAD = {
     "smoothing and hinge": (["--link", "hinge", "--label_smoothing", "0.1"], "label_smoothing:"),
     "unknown link": (["--link", "tanh"], "link: expected one of"),
     "sft with a link": (["--objective", "sft", "--link", "ipo"], "link: objective 'sft'"),
+    "nothing kept": (["--keep", "-1"], "keep: expected 0 (all) or a number of checkpoints, got -1"),
+    "no patience": (["--max_skipped", "0"], "max_skipped: expected at least 1, got 0"),
+    "no multiple": (["--max_winner_error", "1"], "max_winner_error: expected above 1, got 1.0"),
     "unknown backend": (["--backend", "tpu"], "backend: expected one of"),
     "no such pairs": (
         ["--pairs", "nowhere.parquet"],
@@ -114,6 +117,9 @@ BAD_JSON = {
     "unknown key": ({"zero_optimisation": {"stage": 1}}, "['zero_optimisation']"),
     "bf16 stage 0": ({"bf16": {"enabled": True}}, "expected 1, 2 or 3 with 16 bits"),
     "batches": ({"train_batch_size": 5}, "train_batch_size: expected"),
+    "norm off": ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "grad_norm: exp"),
+    "unchecked": ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow: expected"),
+    "its checkpoints": ({"checkpoint": {"load_universal": True}}, "['checkpoint']"),
     "no stage": ({"zero_optimization": {"stage": 4}}, "expected 0 to 3, got 4"),
     "auto": ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "params.momentum"),
     "no such optimizer": (
