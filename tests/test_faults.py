@@ -1,8 +1,10 @@
 """It survives: each test injects a fault into a run on one or two ranks and looks at what is left."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -216,3 +218,21 @@ def test_runs_killed_at_random_continue_bit_for_bit(tmp_path):
     (row,) = json.loads((tmp_path / "kill.json").read_text())["runs"]
     assert row["kills"] == 4 and row["in_a_save"] > 0 and row["finished_runs"] > 0
     assert row["bit_identical"] is True
+
+
+def test_sigterm_saves_and_exits_0(folder):
+    args = folder.args("stopped", steps=1_000_000, log_every=1)
+    command = [sys.executable, "-m", "dde_fast.train", *args]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    metrics = folder.path / "stopped/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert "stopped by a signal and saved" in printed
+    saved, torn = checkpoint.find("latest", folder.path / "stopped/checkpoints")
+    assert saved.step >= 3 and saved.position == 4 * saved.step and not torn
+    assert not (folder.path / "stopped/unet").exists()
