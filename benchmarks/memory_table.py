@@ -44,27 +44,24 @@ def adapter_parameters(name: str, rank: int) -> int:
     )
 
 
-def bytes_per_gpu(
-    frozen: int, trained: int, ranks: int, stage: int, *, reference: bool, shard_reference: bool
-) -> int:
-    """Weights, gradients, optimizer and reference in bf16 mixed precision; no activations.
+WHOLE, SHARED = {1: 8, 2: 2, 3: 0}, {1: 12, 2: 16, 3: 20}
+"""Bytes of each trained parameter that every GPU holds, and that the GPUs share out, by ZeRO stage.
+In all: bf16 weight 2 and gradient 2 (at stage 2 gone when the optimizer steps), fp32 gradient 4,
+weight 4 and two moments 8."""
+
+
+def bytes_per_gpu(frozen: int, trained: int, ranks: int, stage: int, reference: int = 0) -> int:
+    """Weights, gradients, optimizer and reference with configs/zero*.json; no activations.
 
     Args:
         frozen: parameters of the policy that are not trained.
         trained: those that are.
         ranks: GPUs.
         stage: of ZeRO, 1 to 3.
-        reference: whether there is a second model (adapters need none).
-        shard_reference: whether the ranks share it.
+        reference: parameters of the frozen reference on this GPU.
     """
-    parts = {
-        "weights": 2 * (frozen + trained) / (ranks if stage == 3 else 1),
-        "gradients": 2 * trained / (ranks if stage >= 2 else 1),
-        # fp32 master, two moments, and the fp32 gradient that the step makes
-        "optimizer": (4 + 8 + 4) * trained / ranks,
-        "reference": 2 * (frozen + trained) * reference / (ranks if shard_reference else 1),
-    }
-    return round(sum(parts.values()))
+    policy = 2 * frozen / (ranks if stage == 3 else 1)
+    return round(policy + (WHOLE[stage] + SHARED[stage] / ranks) * trained + 2 * reference)
 
 
 def cell(size: float, memory: int) -> str:
@@ -85,17 +82,10 @@ def table() -> str:
     for ranks, memory in GPUS:
         row = [f"{ranks} × {memory} GB"]
         for name, _ in ways:
-            sizes = [
-                bytes_per_gpu(
-                    counts[name], adapters[name], ranks, 1, reference=False, shard_reference=False
-                )
-            ]
-            sizes += [
-                bytes_per_gpu(
-                    0, counts[name], ranks, stage, reference=True, shard_reference=stage == 3
-                )
-                for stage in (1, 2, 3)
-            ]
+            count = counts[name]
+            sizes = [bytes_per_gpu(count, adapters[name], ranks, 1)]
+            sizes += [bytes_per_gpu(0, count, ranks, stage, count) for stage in (1, 2)]
+            sizes += [bytes_per_gpu(0, count, ranks, 3, count // ranks)]
             row += [cell(size, memory) for size in sizes]
         lines.append("| " + " | ".join(row) + " |")
     counted = ", ".join(
@@ -115,9 +105,8 @@ def measured() -> str:
         run = json.loads(path.read_text(encoding="utf-8"))
         adapters = run["trained"] < run["parameters"]
         frozen = run["parameters"] - run["trained"] if adapters else 0
-        counted = bytes_per_gpu(
-            frozen, run["trained"], 1, 1, reference=not adapters, shard_reference=False
-        )
+        # one micro-batch: no fp32 gradient beside the bf16 one, as at stage 2
+        counted = bytes_per_gpu(frozen, run["trained"], 1, 2, 0 if adapters else run["trained"])
         seconds = [run["phases"][f"{name} 1"]["seconds"] for name in PHASES]
         shape = "×".join(map(str, run["latent"]))
         place = run["machine"]

@@ -14,7 +14,7 @@ over the latent), so its beta 5000 is beta 5000 here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,33 @@ class PreferenceOutput:
     """[2B], or None for an objective without a reference."""
     margin: Tensor
     """[B], m_t."""
+    timesteps: Tensor
+    """int64 [B], t of each pair."""
+
+    def detach(self) -> PreferenceOutput:
+        """The same without its graph."""
+        tensors = {
+            name: getattr(self, name).detach() for name in ("loss", "logits", "policy_error")
+        }
+        return replace(self, **tensors)
+
+    def per_pair(self) -> dict[str, Tensor]:
+        """Detached [B] each: what `metrics` is the mean of."""
+        win, lose = self.policy_error.detach().chunk(2)
+        metrics = {"policy_win_error": win, "policy_lose_error": lose}
+        if self.reference_error is None:
+            return metrics
+        logits = self.logits.detach()
+        win, lose = self.reference_error.chunk(2)
+        return {
+            "implicit_accuracy": 0.5 + 0.5 * logits.sign(),
+            "logit": logits,
+            "logit_size": logits.abs(),
+            "margin": self.margin,
+            **metrics,
+            "reference_win_error": win,
+            "reference_lose_error": lose,
+        }
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-dim tensors on the device; reading one is what synchronises.
@@ -46,20 +73,7 @@ class PreferenceOutput:
         `implicit_accuracy` is the share of pairs with logit > 0, a tie counting ½. Without a
         reference only the policy's errors are there.
         """
-        win, lose = self.policy_error.detach().chunk(2)
-        metrics = {"policy_win_error": win.mean(), "policy_lose_error": lose.mean()}
-        if self.reference_error is None:
-            return metrics
-        logits = self.logits.detach()
-        win, lose = self.reference_error.chunk(2)
-        return {
-            "implicit_accuracy": (0.5 + 0.5 * logits.sign()).mean(),
-            "logit": logits.mean(),
-            "margin": self.margin.mean(),
-            **metrics,
-            "reference_win_error": win.mean(),
-            "reference_lose_error": lose.mean(),
-        }
+        return {name: values.mean() for name, values in self.per_pair().items()}
 
 
 class PreferenceLoss(nn.Module):
@@ -203,17 +217,22 @@ class PreferenceLoss(nn.Module):
             )
             if self.auto_update:
                 self.update_ratios()
-        return PreferenceOutput(loss, logits, policy_error, reference_error, margin)
+        if len(timesteps) > len(logits):  # equal halves
+            timesteps = timesteps[: len(logits)]
+        return PreferenceOutput(loss, logits, policy_error, reference_error, margin, timesteps)
 
     @torch.no_grad()
-    def update_ratios(self, group=None) -> None:
+    def update_ratios(self, group=None, skipped: Tensor | None = None) -> None:
         """Fold the observations since the last update into `ratios`, once for all ranks.
 
-        One small all-reduce over `group` (default: all) where torch.distributed is initialised,
+        With `skipped` (a bool [] on the device) true, as after an optimizer step that was not
+        taken, they are forgotten instead. One small all-reduce over `group` (default: all) where torch.distributed is initialised,
         so every rank of it must call. Nothing is read back to the host.
         """
         if not self.objective.correction:
             return
+        if skipped is not None:
+            self.ratio_sums.mul_(~skipped)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.ratio_sums, group=group)
         backend = backends.resolve_backend(self.backend, self.ratios.device)

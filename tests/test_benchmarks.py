@@ -110,12 +110,9 @@ def test_the_memory_table_is_counted_from_the_published_unets(monkeypatch):
 
     for name, count in published.PARAMETERS.items():
         assert memory_table.parameters(name) == count
-    # by hand: 3 frozen and 8 trained parameters on 4 GPUs
-    counted = [
-        memory_table.bytes_per_gpu(3, 8, 4, stage, reference=True, shard_reference=stage == 3)
-        for stage in (1, 2, 3)
-    ]
-    assert counted == [22 + 16 + 32 + 22, 22 + 4 + 32 + 22, 5.5 + 4 + 32 + 5.5]
+    # by hand: 3 frozen and 8 trained parameters on 4 GPUs, 5 of a reference
+    counted = [memory_table.bytes_per_gpu(3, 8, 4, stage, reference=5) for stage in (1, 2, 3)]
+    assert counted == [6 + 8 * 8 + 24 + 10, 6 + 16 + 32 + 10, round(1.5 + 40 + 10)]
     page = memory_table.PAGE.read_text(encoding="utf-8")
     assert page == memory_table.render(page)
     assert "✗" in page and "| 64 × 80 GB |" in page

@@ -70,13 +70,30 @@ BAD = {
     "smoothing and hinge": (["--link", "hinge", "--label_smoothing", "0.1"], "label_smoothing:"),
     "unknown link": (["--link", "tanh"], "link: expected one of"),
     "sft with a link": (["--objective", "sft", "--link", "ipo"], "link: objective 'sft'"),
+    "nothing kept": (["--keep", "-1"], "keep: expected 0 (all) or a number of checkpoints, got -1"),
+    "no patience": (["--max_skipped", "0"], "max_skipped: expected at least 1, got 0"),
+    "no multiple": (["--max_winner_error", "1"], "max_winner_error: expected above 1, got 1.0"),
     "unknown backend": (["--backend", "tpu"], "backend: expected one of"),
     "no such pairs": (
         ["--pairs", "nowhere.parquet"],
         "got 'nowhere.parquet', where there is nothing",
     ),
     "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
+    "no such file": (["--model", "away.safetensors"], "model: expected a .safetensors file"),
+    "no such attention": (["--attention", "paged"], "attention: expected one of"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
+    "no such held-out pairs": (
+        ["--validation_pairs", "away.parquet"],
+        "validation_pairs: expected",
+    ),
+    "held-out pairs never": (["--validation_every", "0"], "validation_every: expected at least 1"),
+    "grids of nothing": (
+        ["--grid_every", "2"],
+        "grid_prompts: expected faces, style or a text file",
+    ),
+    "too many images": (["--grid_images", "17"], "grid_images: expected 1 to 16, got 17"),
+    "weak guidance": (["--grid_guidance", "0.5"], "grid_guidance: expected at least 1, got 0.5"),
+    "no peak": (["--peak_tflops", "-1"], "peak_tflops: expected 0"),
     "nothing to resume": (["--resume", "latest"], "resume: expected a complete checkpoint"),
     "no such checkpoint": (["--resume", "away/step-00000001"], "resume: expected a complete"),
 }
@@ -89,10 +106,20 @@ def test_bad_flags_are_one_line_and_exit_2(folder, capfd, name):
     assert not (folder.path / "bad").exists()
 
 
+def test_a_missing_package_is_one_line_and_exit_2(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = fails([*folder.args("bad"), "--wandb_project", "faces"], capfd)
+    assert "wandb_project: expected the package wandb (pip install wandb)" in message
+    assert not (folder.path / "bad").exists()
+
+
 BAD_JSON = {
     "unknown key": ({"zero_optimisation": {"stage": 1}}, "['zero_optimisation']"),
     "bf16 stage 0": ({"bf16": {"enabled": True}}, "expected 1, 2 or 3 with 16 bits"),
     "batches": ({"train_batch_size": 5}, "train_batch_size: expected"),
+    "norm off": ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "grad_norm: exp"),
+    "unchecked": ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow: expected"),
+    "its checkpoints": ({"checkpoint": {"load_universal": True}}, "['checkpoint']"),
     "no stage": ({"zero_optimization": {"stage": 4}}, "expected 0 to 3, got 4"),
     "auto": ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "params.momentum"),
     "no such optimizer": (
@@ -194,16 +221,16 @@ def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["marker", "file", "size", "json"])
+@pytest.mark.parametrize("damage", ["marker", "file", "size", "content", "json"])
 def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
     for step in (1, 2):
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "weights").write_bytes(b"1234")
-        state = {"step": step, "position": 4 * step, "world_size": 1, "identity": {}}
+        state = {"step": step, "position": 4 * step, "world_size": 1, "skipped": 0, "identity": {}}
         (path / "state.json").write_text(json.dumps(state))
-        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-        (path / checkpoint.MARKER).write_text(json.dumps(sizes))
+        contents = checkpoint._contents(path)
+        (path / checkpoint.MARKER).write_text(json.dumps(contents))
     assert checkpoint.find("latest", tmp_path)[0].step == 2
     newest = tmp_path / "step-00000002"
     if damage == "marker":
@@ -212,6 +239,8 @@ def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
         (newest / "weights").unlink()
     elif damage == "size":
         (newest / "weights").write_bytes(b"12")
+    elif damage == "content":
+        (newest / "weights").write_bytes(b"1235")
     else:
         (newest / checkpoint.MARKER).write_text("{")
     found, torn = checkpoint.find("latest", tmp_path)
