@@ -10,7 +10,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from dde_fast.manifest import COLUMNS, DTYPES, EMPTY_CAPTION, MANIFEST, PAIRS, Manifest
+from dde_fast.manifest import COLUMNS, DTYPES, EMPTY_CAPTION, MANIFEST, PAIRS, SETTINGS, Manifest
 from dde_fast.shards import Shard, Shards, StreamedShards, check_content
 
 
@@ -18,9 +18,16 @@ def is_cache(location: str | Path) -> bool:
     """Whether a folder or an fsspec URL holds a finished cache.
 
     Raises:
-        ValueError: the URL's protocol is unknown or its library is missing.
+        ValueError: it holds an unfinished one, or the URL cannot be read.
     """
-    return _read(str(location), MANIFEST) is not None
+    if _read(str(location), MANIFEST) is not None:
+        return True
+    if _read(str(location), SETTINGS) is not None:
+        raise ValueError(
+            f"pairs: expected a finished cache, got {str(location)!r} without {MANIFEST}; the "
+            "command that began it goes on where it was"
+        )
+    return False
 
 
 def _read(location: str, name: str) -> bytes | None:

@@ -29,7 +29,7 @@ def child(model: str, pairs: str, output: Path, log: Path) -> None:
     def noting(self, unit, *args):
         with open(log, "a") as file:
             file.write(f"{os.getpid()} {unit.name}\n")
-        time.sleep(0.01)  # so that its parent has the time to choose its moment
+        time.sleep(0.03)  # so that its parent has the time to choose its moment
         return encode(self, unit, *args)
 
     prepare.Preparation._encode = noting

@@ -46,6 +46,27 @@ def test_a_timed_row_says_what_it_is(tmp_path):
     assert "data" not in data["benchmarks"][0]["stats"]  # no raw times: a file to commit
 
 
+def test_the_table_of_reading_speed():
+    """One line per way of reading, pairs per second."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from results_table import reading
+
+    speeds = {"dataloader": 1234.5, "at_once": 2000.0, "loader": 34567.8}
+    data = {
+        "machine_info": {"device": "x", "threads": 2, "versions": {"torch": "2"}},
+        "commit_info": {"id": "abc"},
+        "benchmarks": [
+            {"extra_info": {"name": name, "pairs_per_s": speed, "batch": 16}}
+            for name, speed in speeds.items()
+        ],
+    }
+    lines = reading(data)
+    assert lines[0].startswith(
+        "**Reading a prepared cache of SD 1.5 on x, 2 threads.** Commit `abc`"
+    )
+    assert [line.split("|")[2].strip() for line in lines[4:7]] == ["34,568", "2,000", "1,234"]
+
+
 def test_the_picture_is_drawn(tmp_path):
     """A curve per implementation in a panel per latent and dtype, and the byte limit."""
     sys.path.insert(0, str(ROOT / "benchmarks"))

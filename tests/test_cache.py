@@ -47,8 +47,12 @@ def test_gather_puts_winners_first_and_drops_captions(folder):
 
 def test_a_folder_is_a_cache_once_it_is_finished(copied, tmp_path):
     assert is_cache(copied) and is_cache(str(copied))
+    assert not is_cache(tmp_path) and not is_cache(tmp_path / "nowhere")
     (copied / "manifest.json").unlink()
-    assert not is_cache(copied) and not is_cache(tmp_path / "nowhere")
+    assert not is_cache(copied)
+    (copied / "settings.json").touch()
+    with pytest.raises(ValueError, match="pairs: expected a finished cache, got .* without manif"):
+        is_cache(copied)
     with pytest.raises(ValueError, match="cache: expected manifest.json in .* got none"):
         Cache(copied)
     with pytest.raises(ValueError, match="pairs: expected a folder or a URL, got 'nope://x'"):
