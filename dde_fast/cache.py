@@ -25,12 +25,17 @@ def is_cache(location: str | Path) -> bool:
 
 def _read(location: str, name: str) -> bytes | None:
     """A small file's content, or None where there is none."""
+    if "://" not in location:  # fsspec would read "::" and "*" in a name
+        path = Path(location) / name
+        return path.read_bytes() if path.is_file() else None
     try:
         files, root = fsspec.url_to_fs(location)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"pairs: expected a folder or a URL, got {location!r} ({error})") from None
-    path = f"{root}/{name}"
-    return files.cat_file(path) if files.isfile(path) else None
+        path = f"{root}/{name}"
+        return files.cat_file(path) if files.isfile(path) else None
+    except Exception as error:  # every remote file system raises errors of its own
+        raise ValueError(
+            f"pairs: expected a folder or a URL, got {location!r} ({type(error).__name__}: {error})"
+        ) from None
 
 
 @dataclass

@@ -25,7 +25,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class Preparation:
             )
         self.latent_shape = (channels, *(side // encoders.scale for side in self.size))
         self.min_side = c.min_side or max(1, min(self.size) // 4)
-        same = ("split", "limit", "crop", "flip", "seed", "max_pixels", "dtype")
+        same = ("limit", "crop", "flip", "seed", "max_pixels", "dtype")
         self.settings = {
             "source": self.source.fingerprint(),
             "encoders": encoders.identity(),
@@ -246,7 +246,7 @@ class Preparation:
             shards=shards,
             columns={name: torch.tensor(rows) for name, rows in plan.pairs.items()},
             counts=plan.counts,
-            rejected=map(vars, plan.rejected),
+            rejected=map(asdict, plan.rejected),
             reasons=count_reasons(plan.rejected),
             made_from={"model": self.c.model, "pairs": self.c.pairs},
         )

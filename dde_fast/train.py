@@ -77,8 +77,10 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     e = replace(e, json=e.json | more)
     with one_line_errors():
         check_json(e)
-        cache = prepared(inputs.pairs)
-        held_out = None if inputs.held_out is None else prepared(inputs.held_out)
+        # what planned and encoded a cache is let go
+        cache = inputs.pairs = prepared(inputs.pairs)
+        if inputs.held_out is not None:
+            inputs.held_out = prepared(inputs.held_out)
 
     # Policy, frozen reference and loss; a continuation takes its state from the checkpoint
     grids = None
@@ -93,7 +95,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
                 ema.check_restored(forward.engine)
     done, saved = (start.step, start.path) if start else (0, None)
     skips = Skips(device, start.skipped if start else 0)
-    validation = None if held_out is None else Validation(held_out, forward, c, e.micro_batch)
+    validation = None
+    if inputs.held_out is not None:
+        validation = Validation(inputs.held_out, forward, c, e.micro_batch)
     progress = {"steps": c.steps, "start": done, "batch": e.batch, "pairs_at_peak": pairs_at_peak}
     with one_line_errors():
         log = RunLog(output, settings, **progress, wandb_project=c.wandb_project)
@@ -158,7 +162,6 @@ def prepared(pairs: Cache | Preparation) -> Cache:
         if dist.get_rank() == 0:
             say(f"cache: {pairs.finish()}")
         dist.barrier()
-    pairs.encoders = None  # they have done their work
     return Cache(pairs.folder)
 
 

@@ -186,8 +186,8 @@ def test_geometries_of_many_pairs_are_uniform_and_independent():
 
 
 def test_choices_are_not_those_of_timestep_dropout_and_order():
-    taken = {noise.TIMESTEP, noise.CAPTION_DROPOUT, loader.SHUFFLE}
-    assert len(taken | {images.CROP_Y, images.CROP_X, images.FLIP}) == 6
+    taken = {noise.TIMESTEP, noise.CAPTION_DROPOUT, loader.SHUFFLE, loader.SHUFFLE_BLOCK}
+    assert len(taken | {images.CROP_Y, images.CROP_X, images.FLIP}) == 7
 
 
 def test_the_centre_without_flip_is_the_default_of_both_choices():

@@ -1,11 +1,7 @@
 """Preparing a cache: each thing encoded once, by whoever, whatever happens meanwhile."""
 
-import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import caches
@@ -13,9 +9,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from train_runs import ROOT, environment
 
-from dde_fast import images, prepare, shards
+from dde_fast import images, prepare
 from dde_fast.cache import Cache
 from dde_fast.images import Geometry
 from dde_fast.models import Encoders
@@ -208,71 +203,6 @@ def test_a_finished_cache_is_left_alone(encoders, pairs, tmp_path, encoded, monk
     assert len(encoded) == 4
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_an_error_at_any_write_loses_nothing(
-    encoders, pairs, whole, tmp_path, encoded, monkeypatch, call
-):
-    """A full disk at the n-th call: finished shards stay, nothing half-written gets a name."""
-    real = {"write": open, "fsync": os.fsync, "replace": os.replace}[call]
-    left = [0]
-
-    def failing(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0:
-            raise OSError(28, "No space left on device")
-        return real(*args, **kwargs)
-
-    if call == "write":
-        monkeypatch.setattr(shards, "open", failing, raising=False)
-    else:
-        monkeypatch.setattr(shards.os, call, failing)
-    for n in itertools.count(1):
-        folder = tmp_path / str(n)
-        left[0] = n
-        try:
-            caches.prepare(encoders, pairs, folder)
-            break
-        except OSError:
-            pass
-        there = set(os.listdir(folder))
-        assert not any(name.endswith(shards.PARTIAL) for name in there)
-        assert "manifest.json" not in there or call == "fsync"  # its folder was not synced
-        encoded.clear()
-        caches.prepare(encoders, pairs, folder)
-        assert not there & set(encoded)
-        assert caches.contents(folder) == caches.contents(whole)
-    assert n > 7  # settings, four shards, pairs, rejected, manifest
-
-
-def test_kill_at_several_moments(model, pairs, encoders, tmp_path):
-    """kill -9 of processes of their own, each as soon as one more shard is there."""
-    command = [sys.executable, str(ROOT / "tests/prepare_worker.py"), str(model), str(pairs)]
-    command += [str(tmp_path / "cache"), str(tmp_path / "log")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed = json.loads(done.stdout.splitlines()[-1])
-    assert killed["finished"] == sorted(set(killed["finished"])) and killed["finished"][-1] < 16
-    assert killed["twice"] == []
-    expected = caches.prepare(encoders, pairs, tmp_path / "expected", shard_size=1)
-    assert caches.contents(tmp_path / "cache") == caches.contents(expected)
-    assert not list((tmp_path / "cache").glob(f"*{shards.PARTIAL}"))
-
-
-def test_what_a_killed_process_left_is_swept(encoders, pairs, tmp_path):
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    own, others, new = (
-        folder / f"{name}.12345678{shards.PARTIAL}"
-        for name in ("images-00001.safetensors", "manifest.json", "settings.json")
-    )
-    for path in (own, others, new):
-        path.write_bytes(b"half")
-    os.utime(others, (1, 1))
-    caches.prepare(encoders, pairs, folder)
-    # another process may be writing the new one at this moment
-    assert (own.exists(), others.exists(), new.exists()) == (False, False, True)
-
-
 DIFFERENT = {
     "crop": ({"crop": "random"}, "expected crop 'center' as there, got 'random'"),
     "dtype": ({"dtype": "float16"}, "expected dtype 'float32' as there"),
@@ -309,19 +239,6 @@ def test_other_pairs_models_and_folders_are_refused(encoders, pairs, whole, tmp_
     shutil.copy(foreign / "images-00000.safetensors", mixed)
     with pytest.raises(ValueError, match="expected shards of one cache .* got images-00000"):
         caches.preparation(encoders, pairs, mixed).run()
-
-
-def test_a_damaged_shard_is_never_taken_for_a_finished_one(encoders, pairs, tmp_path, encoded):
-    preparation = caches.preparation(encoders, pairs, tmp_path / "cache")
-    preparation.encode(0, 4)
-    (name,) = encoded
-    path = tmp_path / "cache" / name
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=f"{name}.*damaged"):
-        caches.preparation(encoders, pairs, tmp_path / "cache").run()
-    path.unlink()
-    caches.prepare(encoders, pairs, tmp_path / "cache")
-    assert len(encoded) == 5
 
 
 def test_verify_finds_a_flipped_bit(encoders, pairs, tmp_path, capfd):
