@@ -25,7 +25,7 @@ CSRC, OBJECTS = Path("csrc"), Path("build/objects")
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 COMMON = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10
 HOST = [*COMMON, "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
-# without contraction every instruction set gives the same bits
+# no contraction but where the source asks for it: the bits do not depend on the compiler's choice
 LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 LOOPS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # false, in GCC's own AVX-512 header
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -50,7 +50,8 @@ def picture(path: Path, about: str) -> list[str]:
 SHOWN = [
     ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 16, "shape": [4, 64, 64]}),
     ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 128, "shape": [4, 128, 128]}),
-    ("add_noise", {"op": "add_noise", "pairs": 16, "shape": [4, 64, 64]}),
+    ("add_noise", {"op": "add_noise", "layout": "contiguous_format", "pairs": 16, "shape": [4, 64, 64]}),
+    ("add_noise, channels_last", {"op": "add_noise", "layout": "channels_last", "pairs": 16, "shape": [4, 64, 64]}),
     ("ddim_step, forward + backward", {"op": "ddim_step", "mode": "both", "pairs": 16, "shape": [4, 64, 64]}),
 ]  # fmt: skip
 """Rows of the README's table: (what, the extra_info that selects it)."""
@@ -94,6 +95,26 @@ def kernels(data: dict) -> list[str]:
     return [*lines, ""]
 
 
+def reading(data: dict) -> list[str]:
+    """One machine's reading of a prepared cache as a Markdown table."""
+    machine, infos = data["machine_info"], [row["extra_info"] for row in data["benchmarks"]]
+    what = {
+        "loader": "`dde_fast.loader.Loader`",
+        "at_once": "the same without its thread",
+        "dataloader": "PyTorch's DataLoader, one worker, the same files",
+    }
+    lines = [
+        f"**Reading a prepared cache of SD 1.5 on {machine['device']}, {machine['threads']} "
+        f"threads.** Commit `{data['commit_info']['id']}`, torch {machine['versions']['torch']}. "
+        f"Batches of {infos[0]['batch']} out of the page cache, posterior sampled; median of one run.",
+        "",
+        "| | pairs per second |",
+        "|---|---|",
+    ]
+    speeds = {info["name"]: info["pairs_per_s"] for info in infos}
+    return [*lines, *(f"| {what[name]} | {speeds[name]:,.0f} |" for name in what), ""]
+
+
 def render(results: Path = RESULTS) -> str:
     """The block between README's markers."""
     lines = [""]
@@ -105,6 +126,8 @@ def render(results: Path = RESULTS) -> str:
     for path in sorted(results.glob("kernels-*.json")):
         lines += kernels(json.loads(path.read_text(encoding="utf-8")))
         lines += picture(path.with_suffix(".png"), "loss, forward and backward")
+    for path in sorted(results.glob("data-*.json")):
+        lines += reading(json.loads(path.read_text(encoding="utf-8")))
     return "\n".join(lines) + "\n"
 
 

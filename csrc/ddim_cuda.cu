@@ -216,7 +216,7 @@ void ddim_step_cuda(Tensor log_prob,      // [K·B]
   a.log_prob = log_prob.data_ptr();
   a.tiles = (a.step.n + TILE - 1) / TILE;
   a.vector = is_vector(a.step, {a.next});
-  const Tensor partial = empty_like_of(sample, {candidates, a.tiles * WARPS}, wide);
+  const Tensor partial = empty_like_of(sample, candidates * a.tiles * WARPS, wide);
   a.partial = partial.data_ptr();
   const unsigned blocks = blocks_of(a.step.batch, a.tiles);
   wide ? step_kernel<double><<<blocks, THREADS, 0, stream>>>(a)

@@ -69,7 +69,7 @@ bool launch_clusters(const PairLoss& a, int device, cudaStream_t stream) {
 bool launch_pairs(const Forward& f, void* gradient, int device, cudaStream_t stream) {
   if (attribute_of(cudaDevAttrComputeCapabilityMajor, device) < 9) return false;
   const unsigned blocks = cluster_blocks(f.n);
-  const Tensor count = empty_like_of(f.logits, {1}, true);  // 8 bytes
+  const Tensor count = empty_like_of(f.logits, 1, true);  // 8 bytes
   const PairLoss a{inputs_of(f), gradient, finish_of(f),
                    {static_cast<unsigned long long*>(count.data_ptr()), next_nonce()},
                    share_of(f.n, blocks), blocks};

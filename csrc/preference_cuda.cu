@@ -36,7 +36,7 @@ void launch_errors(const Errors& a, bool wide, cudaStream_t stream) {
 void launch_forward(const Forward& f, cudaStream_t stream) {
   const int64_t part = (f.n + MAX_CHUNKS - 1) / MAX_CHUNKS;
   const int64_t chunk = (part + TILE - 1) / TILE * TILE, chunks = (f.n + chunk - 1) / chunk;
-  const Tensor partial = empty_like_of(f.logits, {3, 2 * f.pairs, chunks}, f.wide);
+  const Tensor partial = empty_like_of(f.logits, 3 * 2 * f.pairs * chunks, f.wide);
   launch_errors({inputs_of(f), partial.data_ptr(), chunk, chunks}, f.wide, stream);
   const Finish finish = finish_of(f);
   f.wide ? finish_kernel<double><<<1, THREADS, 0, stream>>>(finish, partial.data_ptr(), chunks)

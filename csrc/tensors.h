@@ -2,6 +2,7 @@
 // arguments of the raw ops as CPU and CUDA both read them. Shapes were checked in Python already.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -146,10 +147,18 @@ inline Table table_of(const Tensor& ratios, const Tensor& margins, const Tensor&
           static_cast<double*>(sums.data_ptr()), decay, steps};
 }
 
-inline Tensor empty_like_of(const Tensor& like, std::initializer_list<int64_t> sizes, bool wide) {
-  return torch::stable::empty({sizes.begin(), sizes.size()},
-                              wide ? ScalarType::Double : ScalarType::Float, std::nullopt,
-                              like.device());
+// A scalar (no size) or a vector on the device of `like`. Straight from the allocator's shim:
+// torch::stable::empty looks its operator up by name at every call, which takes a microsecond.
+inline Tensor empty_like_of(const Tensor& like, std::optional<int64_t> size, bool wide) {
+  const int64_t stride = 1;
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      size ? 1 : 0, size ? &*size : nullptr, &stride,
+      wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), device,
+      like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 // What the forward reads and writes.
@@ -189,11 +198,11 @@ inline Forward forward_of(const Tensor& policy, const OptionalTensor& reference,
   }
   f.schedule = schedule_of(timesteps, weights, &margins, f.pairs);
   f.objective = objective;
-  f.loss = empty_like_of(policy, {}, f.wide);
-  f.logits = empty_like_of(policy, {f.pairs}, f.wide);
-  f.policy_error = empty_like_of(policy, {rows}, f.wide);
-  f.reference_error = empty_like_of(policy, {f.has_reference() ? rows : 0}, f.wide);
-  f.margin = empty_like_of(policy, {f.pairs}, f.wide);
+  f.loss = empty_like_of(policy, std::nullopt, f.wide);
+  f.logits = empty_like_of(policy, f.pairs, f.wide);
+  f.policy_error = empty_like_of(policy, rows, f.wide);
+  f.reference_error = empty_like_of(policy, f.has_reference() ? rows : 0, f.wide);
+  f.margin = empty_like_of(policy, f.pairs, f.wide);
   return f;
 }
 

@@ -40,6 +40,10 @@ def why_not(backend: str, device: torch.device) -> str | None:
     return None
 
 
+_fastest: dict[str, str] = {}
+"""device type -> what `auto` found, once per process: asking costs microseconds in every step."""
+
+
 def resolve_backend(backend: str, device: torch.device) -> str:
     """The backend that serves `device`; `auto` is the first of `AUTO` that can.
 
@@ -47,8 +51,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         ValueError: an unknown backend, or one that cannot serve the device, with the reason.
     """
     if backend == "auto":
-        able = (name for name in AUTO.get(device.type, ()) if why_not(name, device) is None)
-        return next(able, "reference")
+        if device.type not in _fastest:
+            able = (name for name in AUTO.get(device.type, ()) if why_not(name, device) is None)
+            _fastest[device.type] = next(able, "reference")
+        return _fastest[device.type]
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
     reason = why_not(backend, device)
@@ -75,10 +81,23 @@ def _in_plain_eager(tensor: Tensor) -> bool:
     )
 
 
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's decorator of that name, left out where no graph of the backward is made: its wrapper
+    costs 5 µs."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx, *gradients):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return call
+
+
 def differentiable(gradient: type[torch.autograd.Function]) -> Callable:
     """Register a function as torch.ops.dde_fast.NAME, differentiable in its first argument.
 
-    `gradient.apply` gets what to run and its arguments. `custom_op` and its `register_autograd` do the
+    `gradient.apply` gets what to run, a list for the results that have no gradient (each output of a
+    Function costs a microsecond or two), the first argument and the others. `custom_op` and its `register_autograd` do the
     same, at 100 µs a call. What comes back is for Python callers: in plain eager mode it leaves out
     the dispatcher, which takes longer than a small batch.
     """
@@ -96,7 +115,8 @@ def differentiable(gradient: type[torch.autograd.Function]) -> Callable:
 
         def with_autograd(first, *rest, run=below_autograd):
             if torch.is_grad_enabled() and first.requires_grad:
-                return gradient.apply(run, first, *rest)
+                others: list[Tensor] = []
+                return *gradient.apply(run, others, first, rest), *others
             return run(first, *rest)
 
         torch.library.impl(name, "Autograd", with_autograd)

@@ -109,6 +109,10 @@ class Cache:
     def __str__(self) -> str:
         return f"{self.manifest} in {self.location}"
 
+    def sizes(self) -> list[int]:
+        """Bytes of each shard."""
+        return [size for size, _ in self.manifest.shards.values()]
+
     @property
     def fingerprint(self) -> str:
         return self.manifest.fingerprint

@@ -72,7 +72,7 @@ def isa(wanted: str = "") -> str:
 
 
 def _timesteps(timesteps: Tensor) -> Tensor:
-    return timesteps.to(torch.int64).contiguous()
+    return timesteps.long().contiguous()
 
 
 def _forward_arguments(policy, reference, target, timesteps, weights, margins, *constants):

@@ -46,7 +46,8 @@ class TrainConfig:
     output: str = ""
     """Directory of the run, new or empty; "outputs/PRESET-OBJECTIVE" if not given."""
     resume: str = ""
-    """Continue a run: "latest" (of the output directory) or the path of a checkpoint."""
+    """Continue a run: "latest" (of the output directory), "auto" (the same, or begin where there is
+    none yet: for jobs that are queued again) or the path of a checkpoint."""
     objective: str = "dde"
     """What to optimise: dde, dde-single, dde-step, diffusion-dpo, discounted or sft."""
     beta: float = 50.0
@@ -113,6 +114,40 @@ class TrainConfig:
     """Optimizer steps between log lines, the only points where the host waits for the device."""
     save_every: int = 100
     """Optimizer steps between checkpoints; 0 = only at the end."""
+    validation_pairs: str = ""
+    """Held-out pairs, named as in --pairs, whose loss, errors and implicit accuracy are logged; none
+    by default."""
+    validation_split: str = "test"
+    """Split of the held-out pairs."""
+    validation_limit: int = 256
+    """Use only the first held-out pairs, this many; 0 = all."""
+    validation_draws: int = 1
+    """Timesteps and noises at which each held-out pair is looked at, the same every time."""
+    validation_every: int = 50
+    """Optimizer steps between two looks at the held-out pairs."""
+    grid_every: int = 0
+    """Optimizer steps between pictures of policy and base in OUTPUT/grids; 0 = none."""
+    grid_prompts: str = ""
+    """Prompts of the pictures: "faces", "style", or a text file, one prompt a line; by default those
+    of embedded pairs."""
+    grid_images: int = 8
+    """Images in a row of a picture; image i gets prompt i modulo their number."""
+    grid_steps: int = 20
+    """DDIM steps of the pictures."""
+    grid_guidance: float = 2.0
+    """Classifier-free guidance scale of the pictures (usual for Stable Diffusion: 7.5)."""
+    wandb_project: str = ""
+    """Log to this project of Weights & Biases as well (pip install wandb); none by default."""
+    peak_tflops: float = 0.0
+    """Peak of one device, 10¹² operations per second, for MFU; 0 = of the known GPUs at 16 bits, and
+    no MFU for others."""
+    keep: int = 3
+    """Checkpoints that stay, the newest ones; 0 = all."""
+    max_skipped: int = 20
+    """Optimizer steps in a row skipped because the gradient was not finite, at which the run saves
+    and ends; looked at where it logs."""
+    max_winner_error: float = 2.0
+    """Multiple of the reference's error on winners beyond which the policy's draws a warning."""
     local_rank: int = -1
     """Set by the deepspeed launcher; not for you."""
 
@@ -228,6 +263,17 @@ def check(config: TrainConfig) -> None:
         ("cache_gib", c.cache_gib > 0, "above 0"),
         ("log_every", c.log_every >= 1, "at least 1"),
         ("save_every", c.save_every >= 0, "0 (only at the end) or more"),
+        ("validation_limit", c.validation_limit >= 0, "0 (all) or a number of pairs"),
+        ("validation_draws", c.validation_draws >= 1, "at least 1"),
+        ("validation_every", c.validation_every >= 1, "at least 1"),
+        ("grid_every", c.grid_every >= 0, "0 (none) or more"),
+        ("grid_images", 1 <= c.grid_images <= 16, "1 to 16"),
+        ("grid_steps", 1 <= c.grid_steps <= 1000, "1 to 1000"),
+        ("grid_guidance", c.grid_guidance >= 1, "at least 1"),
+        ("peak_tflops", c.peak_tflops >= 0, "0 (of the known GPUs) or more"),
+        ("keep", c.keep >= 0, "0 (all) or a number of checkpoints"),
+        ("max_skipped", c.max_skipped >= 1, "at least 1"),
+        ("max_winner_error", c.max_winner_error > 1, "above 1"),
     ):
         if not valid:
             raise ValueError(f"{name}: expected {expected}, got {getattr(c, name)}")

@@ -34,7 +34,7 @@ class EngineConfig:
 
 
 KNOWN_KEYS = frozenset(
-    """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
+    """activation_checkpointing aio autotuning bf16 bfloat16 comet comms_logger
     communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last
     disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
     gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
@@ -83,6 +83,16 @@ def read_engine_config(config: TrainConfig, world_size: int) -> EngineConfig:
     # DeepSpeed clips at 1.0 unless told, and by default waits for the device at every step
     ds.setdefault("gradient_clipping", 1.0)
     ds.setdefault("timers", {"throughput": {"enabled": False}})
+    for section, key in (
+        ("zero_optimization", "compute_grad_norm"),
+        ("bf16", "check_grad_overflow"),
+        ("bfloat16", "check_grad_overflow"),
+    ):
+        if ds.get(section, {}).get(key, True) is not True:
+            raise ValueError(
+                f"deepspeed_config: {section}.{key}: expected true (else a gradient that is not "
+                f"finite ends up in the weights), got {ds[section][key]!r}"
+            )
     if "optimizer" not in ds:  # those of our table are tested
         ds.setdefault("zero_allow_untested_optimizer", True)
     stage = ds.get("zero_optimization", {}).get("stage", 0)

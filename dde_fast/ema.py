@@ -42,6 +42,21 @@ def attach(engine, decay: float) -> None:
     engine.basic_optimizer.register_step_post_hook(update)
 
 
+def check_restored(engine) -> None:
+    """Refuse to begin a new average in the middle of a run.
+
+    Raises:
+        ValueError: a checkpoint was loaded whose optimizer states hold no average, such as one
+            converted to DeepSpeed's universal form, which keeps Adam's moments alone.
+    """
+    states = [state for state in engine.basic_optimizer.state.values() if state]
+    if states and not any(STATE in state for state in states):
+        raise ValueError(
+            "ema_decay: expected a checkpoint with the average of the weights, got one without; "
+            "continue on as many ranks as wrote it"
+        )
+
+
 @contextlib.contextmanager
 def averaged(engine) -> Iterator[None]:
     """Within, the engine's float32 weights are the averages (its 16-bit ones are left alone)."""

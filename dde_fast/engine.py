@@ -104,6 +104,8 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
         lr_scheduler=None if "scheduler" in e.json else scheduler,
         config=e.json,
     )
+    if e.stage == 0 and not getattr(engine.optimizer, "_step_supports_amp_scaling", False):
+        _skips_when_told(engine.optimizer)
     if c.ema_decay:
         ema.attach(engine, c.ema_decay)
     return engine
@@ -122,16 +124,59 @@ def start_sharded_reference(e: EngineConfig, unet: torch.nn.Module):
     return engine
 
 
-def gradient_norm_without_zero(engine) -> Tensor | None:
-    """L2 norm of the averaged gradient before clipping; under ZeRO None, its step computes it."""
-    if engine.zero_optimization_stage() > 0:
-        return None
-    gradients = (parameter.grad for parameter in engine.module.parameters())
-    return torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
+def step_optimizer(engine) -> Tensor:
+    """Take the optimizer step, unless the averaged gradient is not finite: then no rank takes it,
+    and neither weights nor moments nor their step counts move.
+
+    ZeRO decides where it reads the gradient's norm anyway. Without ZeRO the norm stays on the
+    device and the optimizer decides there, if it can.
+
+    Returns:
+        L2 norm of the averaged gradient before clipping; not finite where the step was skipped.
+    """
+    if engine.zero_optimization_stage() == 0:
+        gradients = (parameter.grad for parameter in engine.module.parameters())
+        norm = torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
+        engine.optimizer.found_inf = (~norm.isfinite()).float()
+        engine.step()
+        return norm
+    engine.step()
+    if not engine.was_step_applied() and engine.lr_scheduler is not None:
+        engine.lr_scheduler.step()  # the learning rate is that of the step's number
+    norm = engine.get_global_grad_norm()
+    return norm if isinstance(norm, Tensor) else torch.full((), norm, device=engine.device)
+
+
+def _skips_when_told(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer that knows nothing of `found_inf` obey it; the host waits for the flag."""
+    step = optimizer.step
+
+    def obedient(*args, **kwargs):
+        skip = vars(optimizer).pop("found_inf")  # torch's plain Adam refuses to see it
+        return None if skip else step(*args, **kwargs)
+
+    optimizer.step = obedient
+
+
+class Skips:
+    """Optimizer steps without an update, counted on the device."""
+
+    def __init__(self, device: torch.device, total: int = 0):
+        self.total = torch.full((), float(total), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+
+    def add(self, skipped: Tensor) -> None:
+        """Count one optimizer step; `skipped` is a bool [] on the device."""
+        self.total += skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
 
 
 class StopSignal:
-    """SIGINT or SIGTERM asks for a last checkpoint; a second one ends the process at once."""
+    """SIGINT or SIGTERM asks for a last checkpoint; a second one ends the process at once.
+
+    The ranks agree before every micro-batch, over the host's network: the state of the last whole
+    optimizer step is being saved at most one micro-batch after the signal.
+    """
 
     def __init__(self):
         self.received = False

@@ -151,12 +151,18 @@ def load_pipeline(base: str, model: str, device: torch.device) -> DiffusionPipel
         if not (given / LORA).is_file():
             parts["unet"] = UNet2DConditionModel.from_pretrained(given, torch_dtype=torch.float32)
         folder = model_folder(base, unet_allowed=False)
-    pipeline = models.load_pipeline(str(folder), **parts)
+    pipeline = ddim_pipeline(str(folder), **parts)
     if (given / LORA).is_file():
         pipeline.load_lora_weights(given, weight_name=LORA)
+    return pipeline.to(device)
+
+
+def ddim_pipeline(model: str, **parts: Any) -> DiffusionPipeline:
+    """As `models.load_pipeline`, with a DDIM sampler and without its progress bar."""
+    pipeline = models.load_pipeline(model, **parts)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 def model_hash(base: str, model: str) -> str:
@@ -174,22 +180,26 @@ def model_hash(base: str, model: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_prompts(config: Evaluation) -> list[str]:
-    """One prompt per sample: the set's or the file's, over and over."""
-    if config.prompts in embedded.SETS:
-        known = embedded.prompts(config.prompts)
+def read_prompts(prompts: str, samples: int, argument: str = "prompts") -> list[str]:
+    """One prompt per sample: the set's or the file's, over and over.
+
+    Raises:
+        ValueError: no such file, or an empty one; the message begins with `argument`.
+    """
+    if prompts in embedded.SETS:
+        known = embedded.prompts(prompts)
     else:
         try:
-            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             sets = ", ".join(embedded.SETS)
             raise ValueError(
-                f"prompts: expected {sets} or a text file, got {config.prompts!r} ({error})"
+                f"{argument}: expected {sets} or a text file, got {prompts!r} ({error})"
             ) from None
         known = [line.strip() for line in lines if line.strip()]
         if not known:
-            raise ValueError(f"prompts: {config.prompts!r} holds no prompt")
-    return [known[i % len(known)] for i in range(config.samples)]
+            raise ValueError(f"{argument}: {prompts!r} holds no prompt")
+    return [known[i % len(known)] for i in range(samples)]
 
 
 @torch.no_grad()
@@ -201,17 +211,20 @@ def sample(
     steps: int,
     guidance: float,
     batch: int,
+    indices: Sequence[int] | None = None,
     progress: tqdm | None = None,
 ) -> Tensor:
     """Images [N, 3, H, W] in [0, 1] on the CPU, one per prompt.
 
-    Image i starts from noise that depends on (seed, i) alone, not on the batch it is in.
+    Image i starts from noise that depends on (seed, i) alone, not on the batch it is in. `indices`
+    are the images' i, 0 … N-1 by default.
     """
+    numbers = torch.tensor(range(len(prompts)) if indices is None else indices)
     shape = models.latent_shape(pipeline.unet.config)
     images = []
     for start in range(0, len(prompts), batch):
         chunk = prompts[start : start + batch]
-        ids = torch.arange(start, start + len(chunk), dtype=torch.int64)
+        ids = numbers[start : start + batch]
         latents = pair_noise(shape, seed=seed, pair_ids=ids, draw=0)
         out = pipeline(
             chunk,
@@ -315,7 +328,7 @@ def evaluate(config: Evaluation) -> dict[str, Any]:
     """Run the evaluation: writes evaluation.json and grid.png into `output`, returns the JSON's
     content."""
     check(config)
-    prompts = read_prompts(config)
+    prompts = read_prompts(config.prompts, config.samples)
     rewards = config.rewards or DEFAULT_REWARDS[config.prompts]
     blank = torch.ones(1, 3, 32, 32)
     for name in rewards:  # a missing package or an unknown prompt shows now, not after the sampling

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dde_fast
-from dde_fast import ema, lora
+from dde_fast import ema, embedded, lora
 from dde_fast.config import TrainConfig
 
 KOHYA = "kohya.safetensors"
@@ -152,12 +152,15 @@ def _replacing(directory: Path) -> Iterator[Path]:
 def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) -> None:
     """Write the run's model card: what was trained, on what, how, and how to load it."""
     output, load = Path(c.output), LOAD_LORA if c.lora_rank else LOAD_UNET
-    last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    model = str(embedded.model_path()) if c.model == "embedded" else c.model
+    last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    held_out = {f"validation {name}": value for name, value in last.pop("validation", {}).items()}
+    metrics = {k: v for k, v in (last | held_out).items() if isinstance(v, float | int)}
     blocks = {"Configuration": (output / "config.json").read_text(encoding="utf-8")}
     for place in (Path(c.pairs), output / "cache"):
         if (place / "manifest.json").is_file():
             blocks["Data"] = (place / "manifest.json").read_text(encoding="utf-8")
-    hub_name = None if c.model == "embedded" or Path(c.model).exists() else c.model
+    hub_name = None if Path(model).exists() else model
     tags = ["text-to-image", "stable-diffusion", "preference-alignment", c.objective]
     data = ModelCardData(
         library_name="diffusers", base_model=hub_name, tags=tags + ["lora"] * bool(c.lora_rank)
@@ -172,8 +175,8 @@ def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) ->
         pairs=c.pairs,
         content=identity["pairs"],
         averaged=AVERAGED.format(folder=folders[1].name) if c.ema_decay else "",
-        load=load.format(model=c.model, folder=folders[0].as_posix()),
-        metrics="\n".join(f"| {name} | {value:.6g} |" for name, value in json.loads(last).items()),
+        load=load.format(model=model, folder=folders[0].as_posix()),
+        metrics="\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items()),
         blocks="\n".join(f"## {t}\n\n```json\n{b.strip()}\n```\n" for t, b in blocks.items()),
     )
     ModelCard(card).save(output / "README.md")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,17 @@ from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.engine import device_of_process, say
+from dde_fast.evaluate import read_prompts
 from dde_fast.loss import PreferenceLoss
+from dde_fast.metrics import check_wandb
 from dde_fast.optimizers import load_optimizer
 from dde_fast.prepare import Preparation, PrepareConfig
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "attention shard_reference backend cache_gib log_every save_every local_rank".split()
+    "backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs validation_split "
+    "validation_limit validation_draws validation_every grid_every grid_prompts grid_images grid_steps "
+    "grid_guidance wandb_project peak_tflops keep max_skipped max_winner_error".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -33,6 +36,10 @@ class Inputs:
 
     model: str
     pairs: Cache | Preparation
+    held_out: Cache | Preparation | None
+    """Pairs for validation."""
+    grid_prompts: list[str]
+    """One per image of a grid; none where none is wanted."""
     loss_fn: PreferenceLoss
     alphas_cumprod: Tensor
     """[T]."""
@@ -50,23 +57,24 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         ValueError, OSError: one of them is missing, broken, or not what the others need.
     """
     load_optimizer(c, e)  # whether there is one
-
-    # The place of the run: new, or one to continue
-    output, start = Path(c.output), None
-    if c.resume:
-        start, torn = checkpoint.find(c.resume, output / "checkpoints")
-        for tag in torn:
-            say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
-        if start.step > c.steps:
-            raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
-    elif output.exists() and not _is_free(output):
-        raise ValueError(
-            f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
-            "holds with --resume latest, or choose another --output"
-        )
+    start = place_of_run(c)
 
     # The pairs
     pairs = open_pairs(c, c.pairs, c.split, c.limit)
+
+    # What shows how it goes
+    check_wandb(c.wandb_project)
+    held_out, grid_prompts = None, []
+    if c.validation_pairs:
+        asked = (c.validation_pairs, c.validation_split, c.validation_limit)
+        try:
+            held_out = open_pairs(c, *asked, folder="cache-validation")
+        except ValueError as error:  # it begins with the argument: pairs, split, …
+            raise ValueError(f"validation_{error}") from None
+        say(f"validation_pairs: {held_out}")
+    if c.grid_every:
+        prompts = c.grid_prompts or (c.pairs if c.pairs in embedded.SETS else "")
+        grid_prompts = read_prompts(prompts, c.grid_images, "grid_prompts")
 
     # The loss and the policy
     scheduler = models.load_scheduler(c.model)
@@ -90,13 +98,23 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         "pairs": f"content {pairs.fingerprint[:16]}",
     }
     if start is not None:
-        ranks = int(os.environ["WORLD_SIZE"])
-        checkpoint.check_continues(start, identity, stage=e.stage, world_size=ranks)
+        checkpoint.check_continues(start, identity)
     if c.lora_rank:  # after the model's fingerprint was taken
         lora.add_adapters(unet, c)
     say(f"pairs: {pairs}")  # reads a source's rows
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
-    return Inputs(c.model, pairs, loss_fn, alphas_cumprod, timesteps, unet, identity, start)
+    return Inputs(
+        model=c.model,
+        pairs=pairs,
+        held_out=held_out,
+        grid_prompts=grid_prompts,
+        loss_fn=loss_fn,
+        alphas_cumprod=alphas_cumprod,
+        timesteps=timesteps,
+        unet=unet,
+        identity=identity,
+        start=start,
+    )
 
 
 def open_pairs(
@@ -115,6 +133,12 @@ def open_pairs(
     if is_cache(pairs):
         local, size = embedded.cache_folder() / "shards", int(c.cache_gib * 2**30)
         cache = Cache(pairs, folder=local, limit=size)
+        if "://" in pairs and not c.shuffle_block and sum(cache.sizes()) > size:
+            raise ValueError(
+                f"shuffle_block: expected above 0 for a cache of {sum(cache.sizes()) / 2**30:.3g} GiB "
+                f"fetched into cache_gib = {c.cache_gib:g}: the whole of it would be fetched again "
+                f"and again, got 0; {cache.shard_size // 2} would do"
+            )
         unet = models.load_unet_config(c.model)
         encoders = models.Encoders.load(c.model, torch.device("cpu")).identity()
         cache.check_fits(encoders, unet["in_channels"], unet["cross_attention_dim"])
@@ -134,6 +158,37 @@ def open_pairs(
 def _is_free(output: Path) -> bool:
     """Whether nothing is there but what a killed run had begun to encode."""
     return output.is_dir() and all(path.name.startswith("cache") for path in output.iterdir())
+
+
+def place_of_run(c: TrainConfig) -> checkpoint.Checkpoint | None:
+    """The checkpoint to continue from; None for a run that begins, in a place of its own.
+
+    Raises:
+        ValueError: nothing to continue, or a place that holds something else.
+    """
+    output = Path(c.output)
+    used = output.exists() and not _is_free(output)
+    if c.resume == "auto":
+        if used and not any((output / name).exists() for name in ("config.json", "cache")):
+            raise ValueError(
+                f"output: expected a run to continue, or a new or empty directory, got {c.output!r}"
+            )
+        if not checkpoint.any_in(output / "checkpoints"):
+            return None
+    elif not c.resume:
+        if used:
+            raise ValueError(
+                f"output: expected a new or empty directory, got {c.output!r}; continue the run it "
+                "holds with --resume latest, or choose another --output"
+            )
+        return None
+    resume = "latest" if c.resume == "auto" else c.resume
+    start, torn = checkpoint.find(resume, output / "checkpoints")
+    for tag in torn:
+        say(f"resume: skipped {tag}, which is torn; continuing from {start.path.name}")
+    if start.step > c.steps:
+        raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
+    return start
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

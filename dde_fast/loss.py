@@ -14,7 +14,7 @@ over the latent), so its beta 5000 is beta 5000 here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,33 @@ class PreferenceOutput:
     """[2B], or None for an objective without a reference."""
     margin: Tensor
     """[B], m_t."""
+    timesteps: Tensor
+    """int64 [B], t of each pair."""
+
+    def detach(self) -> PreferenceOutput:
+        """The same without its graph."""
+        tensors = {
+            name: getattr(self, name).detach() for name in ("loss", "logits", "policy_error")
+        }
+        return replace(self, **tensors)
+
+    def per_pair(self) -> dict[str, Tensor]:
+        """Detached [B] each: what `metrics` is the mean of."""
+        win, lose = self.policy_error.detach().chunk(2)
+        metrics = {"policy_win_error": win, "policy_lose_error": lose}
+        if self.reference_error is None:
+            return metrics
+        logits = self.logits.detach()
+        win, lose = self.reference_error.chunk(2)
+        return {
+            "implicit_accuracy": 0.5 + 0.5 * logits.sign(),
+            "logit": logits,
+            "logit_size": logits.abs(),
+            "margin": self.margin,
+            **metrics,
+            "reference_win_error": win,
+            "reference_lose_error": lose,
+        }
 
     def metrics(self) -> dict[str, Tensor]:
         """Detached 0-dim tensors on the device; reading one is what synchronises.
@@ -46,20 +73,7 @@ class PreferenceOutput:
         `implicit_accuracy` is the share of pairs with logit > 0, a tie counting ½. Without a
         reference only the policy's errors are there.
         """
-        win, lose = self.policy_error.detach().chunk(2)
-        metrics = {"policy_win_error": win.mean(), "policy_lose_error": lose.mean()}
-        if self.reference_error is None:
-            return metrics
-        logits = self.logits.detach()
-        win, lose = self.reference_error.chunk(2)
-        return {
-            "implicit_accuracy": (0.5 + 0.5 * logits.sign()).mean(),
-            "logit": logits.mean(),
-            "margin": self.margin.mean(),
-            **metrics,
-            "reference_win_error": win.mean(),
-            "reference_lose_error": lose.mean(),
-        }
+        return {name: values.mean() for name, values in self.per_pair().items()}
 
 
 class PreferenceLoss(nn.Module):
@@ -179,22 +193,16 @@ class PreferenceLoss(nn.Module):
             reference = None
         elif reference is None:
             raise ValueError(f"reference: objective {self.objective.name!r} needs it, got None")
-        _check_inputs(policy, reference, target, timesteps, self.weights)
+        # straight from the dictionary: nn.Module's attributes cost a microsecond each
+        weights, margins = self._buffers["weights"], self._buffers["margins"]
+        _check_inputs(policy, reference, target, timesteps, weights)
+        timesteps = timesteps.long()
         backend = backends.resolve_backend(self.backend, policy.device)
         with_gradient = ops.gradient_with_forward(backend, policy)
         op = ops.preference_loss_with_gradient if with_gradient else ops.preference_loss
+        constants = (self.beta, self.objective.lose_weight, self.link, self.label_smoothing)
         loss, logits, policy_error, reference_error, margin, *_ = op(
-            policy,
-            reference,
-            target,
-            timesteps.long(),
-            self.weights,
-            self.margins,
-            self.beta,
-            self.objective.lose_weight,
-            self.link,
-            self.label_smoothing,
-            backend,
+            policy, reference, target, timesteps, weights, margins, *constants, backend
         )
         if reference is None:
             reference_error = None
@@ -203,23 +211,28 @@ class PreferenceLoss(nn.Module):
                 self.ratio_sums,
                 policy_error.detach(),
                 reference_error,
-                timesteps.long(),
+                timesteps,
                 self.observation_scale,
                 backend,
             )
             if self.auto_update:
                 self.update_ratios()
-        return PreferenceOutput(loss, logits, policy_error, reference_error, margin)
+        if len(timesteps) > len(logits):  # equal halves
+            timesteps = timesteps[: len(logits)]
+        return PreferenceOutput(loss, logits, policy_error, reference_error, margin, timesteps)
 
     @torch.no_grad()
-    def update_ratios(self, group=None) -> None:
+    def update_ratios(self, group=None, skipped: Tensor | None = None) -> None:
         """Fold the observations since the last update into `ratios`, once for all ranks.
 
-        One small all-reduce over `group` (default: all) where torch.distributed is initialised,
+        With `skipped` (a bool [] on the device) true, as after an optimizer step that was not
+        taken, they are forgotten instead. One small all-reduce over `group` (default: all) where torch.distributed is initialised,
         so every rank of it must call. Nothing is read back to the host.
         """
         if not self.objective.correction:
             return
+        if skipped is not None:
+            self.ratio_sums.mul_(~skipped)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.ratio_sums, group=group)
         backend = backends.resolve_backend(self.backend, self.ratios.device)
@@ -258,26 +271,22 @@ def _check_inputs(
     weights: Tensor,
 ) -> None:
     """Refuse what cannot be meant; looks at no tensor's values."""
-    named = {"policy": policy, "target": target}
-    if reference is not None:
-        named["reference"] = reference
-    for name, tensor in named.items():
+    for name, tensor in (("policy", policy), ("target", target), ("reference", reference)):
+        if tensor is None:
+            continue
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    for name, tensor in {**named, "timesteps": timesteps, "this loss": weights}.items():
-        if tensor.device != policy.device:
-            raise ValueError(
-                f"{name}: expected on {policy.device}, where policy is, got {tensor.device}"
-            )
-    for name in ("reference", "target"):
-        if name in named and named[name].requires_grad:
+        if tensor.requires_grad and tensor is not policy:
             raise ValueError(
                 f"{name}: expected a tensor without gradient (the gradient reaches policy only), "
                 "got one that requires it; detach it or compute it under torch.no_grad()"
             )
-    pairs = _check_shapes(tuple(policy.shape), tuple(target.shape))
+        _check_device(name, tensor, policy)
+    _check_device("timesteps", timesteps, policy)
+    _check_device("this loss", weights, policy)
+    pairs = _check_shapes(policy.shape, target.shape)
     if reference is not None:
-        if tuple(reference.shape) not in (tuple(policy.shape), (2 * pairs,)):
+        if reference.shape != policy.shape and reference.shape != (2 * pairs,):
             raise ValueError(
                 f"reference: expected {list(policy.shape)}, or errors [{2 * pairs}], "
                 f"got {list(reference.shape)}"
@@ -289,13 +298,20 @@ def _check_inputs(
             )
     if timesteps.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"timesteps: expected int64, got {timesteps.dtype}")
-    if tuple(timesteps.shape) not in ((pairs,), (2 * pairs,)):
+    if timesteps.shape != (pairs,) and timesteps.shape != (2 * pairs,):
         raise ValueError(
             f"timesteps: expected [{pairs}] or [{2 * pairs}], got {list(timesteps.shape)}"
         )
 
 
-def _check_shapes(policy: tuple[int, ...], target: tuple[int, ...]) -> int:
+def _check_device(name: str, tensor: Tensor, policy: Tensor) -> None:
+    if tensor.device != policy.device:
+        raise ValueError(
+            f"{name}: expected on {policy.device}, where policy is, got {tensor.device}"
+        )
+
+
+def _check_shapes(policy: torch.Size, target: torch.Size) -> int:
     """The number of pairs of predictions and target of these shapes."""
     shared = bool(policy) and target == (2 * policy[0], *policy[1:])
     if len(policy) < 2 or 0 in policy or (policy[0] % 2 and not shared):

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dde_fast.backends import differentiable, implementation
+from dde_fast.backends import differentiable, implementation, once_differentiable
 from dde_fast.reference import accumulation_dtype, empty_noised, number_of_pairs
 
 WITH_GRADIENT = ("cpp",)
@@ -43,43 +42,36 @@ def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
 
 def _is_one(grad_loss: Tensor) -> bool:
     """Whether the host may look and sees 1, as after `loss.backward()`."""
-    return type(grad_loss) is Tensor and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+    return type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1
 
 
 class _LossGradient(torch.autograd.Function):
     """Gradient of a forward op's first three results in `policy`."""
 
     @staticmethod
-    def forward(ctx, run, *inputs):
-        output = run(*inputs)
-        policy, _, target, timesteps, weights, _, *constants = inputs
+    def forward(ctx, run, others, policy, rest):
+        output = run(policy, *rest)
+        _, target, timesteps, weights, _, *constants = rest
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[3:])
         ctx.save_for_backward(policy, target, timesteps, output[1], weights, *output[5:])
         ctx.constants = constants
-        return output
+        others += output[3:]
+        return output[:3]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, grad_logits, grad_policy_error, *_):
+    def backward(ctx, grad_loss, grad_logits, grad_policy_error):
         policy, target, timesteps, logits, weights, *made = ctx.saved_tensors
-        none, elsewhere = (None,) * 10, grad_logits is not None or grad_policy_error is not None
+        elsewhere = grad_logits is not None or grad_policy_error is not None
         if grad_loss is None and not elsewhere:
-            return None, None, *none
+            return None, None, None, None
         if made and not elsewhere:
-            return None, made[0] if _is_one(grad_loss) else made[0] * grad_loss, *none
+            return None, None, made[0] if _is_one(grad_loss) else made[0] * grad_loss, None
+        incoming = grad_loss, grad_logits, grad_policy_error
         gradient = torch.ops.dde_fast.preference_loss_backward(
-            grad_loss,
-            grad_logits,
-            grad_policy_error,
-            policy,
-            target,
-            timesteps,
-            logits,
-            weights,
-            *ctx.constants,
+            *incoming, policy, target, timesteps, logits, weights, *ctx.constants
         )
-        return None, gradient, *none
+        return None, None, gradient, None
 
 
 @differentiable(_LossGradient)
@@ -287,9 +279,9 @@ class _StepGradient(torch.autograd.Function):
     """Gradient of `ddim_step`'s results in `prediction`."""
 
     @staticmethod
-    def forward(ctx, run, *inputs):
-        made, log_prob = run(*inputs)
-        prediction, sample, coefficients, _, next_sample, *constants = inputs
+    def forward(ctx, run, others, prediction, rest):
+        made, log_prob = run(prediction, *rest)
+        sample, coefficients, _, next_sample, *constants = rest
         ctx.set_materialize_grads(False)
         if next_sample is not None:
             ctx.mark_non_differentiable(made)
@@ -301,13 +293,12 @@ class _StepGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_next, grad_log_prob):
-        none = (None,) * 6
         if grad_next is None and grad_log_prob is None:
-            return None, None, *none
+            return None, None, None, None
         gradient = torch.ops.dde_fast.ddim_step_backward(
             grad_next, grad_log_prob, *ctx.saved_tensors, *ctx.constants
         )
-        return None, gradient, *none
+        return None, None, gradient, None
 
 
 @differentiable(_StepGradient)

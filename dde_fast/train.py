@@ -21,6 +21,7 @@ if not __package__:  # run by path: this folder would shadow other modules named
     sys.path[:] = [_parent if os.path.abspath(path) == _folder else path for path in sys.path]
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -28,27 +29,30 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dde_fast import checkpoint, config, export, lora, models
+from dde_fast import checkpoint, config, ema, export, flops, lora, models
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import (
+    Skips,
     StopSignal,
     check_json,
-    gradient_norm_without_zero,
     launch_environment,
     one_line_errors,
     say,
     start_engine,
     start_process,
     start_sharded_reference,
+    step_optimizer,
 )
 from dde_fast.forward import PairForward
+from dde_fast.grids import Grids
 from dde_fast.inputs import Inputs, describe, read_inputs
 from dde_fast.loader import Loader, PairStream
-from dde_fast.metrics import Meter, RunLog
+from dde_fast.metrics import Meter, RunLog, winner_warning
 from dde_fast.prepare import Preparation
+from dde_fast.validation import Validation
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -67,77 +71,81 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     """Encode, train, log, save."""
-    device = start_process()
+    device, start, output = start_process(), inputs.start, Path(c.output)
+    settings = describe(c, e)
+    more = checkpoint.universal(start, stage=e.stage, world_size=dist.get_world_size())
+    e = replace(e, json=e.json | more)
     with one_line_errors():
         check_json(e)
         cache = prepared(inputs.pairs)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    output, saved = Path(c.output), None
+        held_out = None if inputs.held_out is None else prepared(inputs.held_out)
 
     # Policy, frozen reference and loss; a continuation takes its state from the checkpoint
+    grids = None
+    if inputs.grid_prompts:  # the base is sampled before the policy takes its memory
+        grids = Grids(inputs.model, inputs.grid_prompts, c, e.dtype, device)
+    pairs_at_peak = flops.pairs_at_peak(c, e, inputs.unet, cache, device)
     forward = build(c, e, inputs, device)
-    engine, loss_fn = forward.engine, forward.loss_fn
-    if inputs.start is not None:
-        checkpoint.load(engine, loss_fn, inputs.start)
-        saved = inputs.start.path
-    done = start = inputs.start.step if inputs.start else 0
-    settings = describe(c, e)
-    log = RunLog(output, settings, steps=c.steps, start=start, batch=e.batch)
-    meter, stop = Meter(device), StopSignal()
-    batches = Loader(
-        cache,
-        PairStream(cache.pair_ids, c.seed, c.shuffle_block),
-        slices(e, range(start, c.steps), rank, world_size),
-        seed=c.seed,
-        caption_dropout=c.caption_dropout,
-        device=device,
-        backend=c.backend,
-    )
+    if start is not None:
+        with one_line_errors():
+            checkpoint.load(forward.engine, forward.loss_fn, start, output / "checkpoints")
+            if c.ema_decay:
+                ema.check_restored(forward.engine)
+    done, saved = (start.step, start.path) if start else (0, None)
+    skips = Skips(device, start.skipped if start else 0)
+    validation = None if held_out is None else Validation(held_out, forward, c, e.micro_batch)
+    progress = {"steps": c.steps, "start": done, "batch": e.batch, "pairs_at_peak": pairs_at_peak}
+    with one_line_errors():
+        log = RunLog(output, settings, **progress, wandb_project=c.wandb_project)
+    meter, stop = Meter(device, len(inputs.alphas_cumprod)), StopSignal()
+    batches, stopped, diverged = stream(c, e, cache, done, device), False, False
 
-    # The loop
-    for step in range(start, c.steps):
-        for micro in range(e.accumulation):
-            out = forward(next(batches))
-            engine.backward(out.loss)
-            meter.add({"loss": out.loss.detach(), **out.metrics()})
-            if micro < e.accumulation - 1:
-                engine.step()  # counts the micro-batch only
-        learning_rate, norm = engine.get_lr()[0], gradient_norm_without_zero(engine)
-        engine.step()
-        norm = engine.get_global_grad_norm() if norm is None else norm
-        if norm is not None:  # the JSON can switch it off
-            meter.add({"grad_norm": norm})
-        loss_fn.update_ratios()
-
-        # The host waits for the device where it logs or saves, and nowhere else
-        done = step + 1
-        last = stop.agreed() or done == c.steps
-        saving = last or (c.save_every > 0 and done % c.save_every == 0)
-        if saving or done % c.log_every == 0:
-            log.write(done, meter.read(), learning_rate)
-        log.advance()
-        if saving:
-            saved = checkpoint.save(
-                engine,
-                loss_fn,
-                output / "checkpoints",
-                step=done,
-                position=done * e.batch,
-                identity=inputs.identity,
-            )
-        if last:
-            break
+    # The loop: the host waits for the device where it logs or saves, and nowhere else
+    while done < c.steps and not (stopped or diverged):
+        learning_rate = forward.engine.get_lr()[0]
+        stopped = not take_step(forward, e, batches, meter, skips, stop)
+        done += not stopped
+        saving = stopped or done == c.steps or (c.save_every > 0 and done % c.save_every == 0)
+        looking = validation is not None and not stopped and due(c.validation_every, done, c.steps)
+        if done > log.last_step and (saving or looking or done % c.log_every == 0):
+            record = meter.read({"skipped_steps": skips.total, "in_a_row": skips.in_a_row})
+            diverged = record.pop("in_a_row") >= c.max_skipped
+            if looking:
+                with log.aside():
+                    record["validation"] = validation()
+            warning = winner_warning(record, c.max_winner_error)
+            log.write(done, record, learning_rate, batches.waited, warning)
+        log.advance(done)
+        if done > 0 and (saving or diverged):
+            with one_line_errors(), log.aside():
+                saved = save(c, e, inputs, forward, done, skips)
+        if grids is not None and not stopped and due(c.grid_every, done, c.steps):
+            with log.aside():
+                log.picture(done, "grids", grids(forward.engine, f"step {done}"))
 
     # The result: weights that diffusers loads, in exact float32
     stop.restore()
     log.close()
     batches.close()
-    if done < c.steps:
-        say(f"stopped by a signal and saved {saved}; continue with --resume latest")
+    if diverged:
+        with one_line_errors():
+            raise ValueError(
+                f"gradient: expected finite numbers, got none in the last {c.max_skipped} or more "
+                f"optimizer steps, all skipped; saved {saved}; if data and machine are sound, start "
+                "again with a lower learning_rate or a larger beta"
+            )
+    if stopped:
+        what = f"and saved {saved}; continue with --resume latest" if saved else "at its beginning"
+        say(f"stopped by a signal {what}")
     else:
-        folders = export.save_results(engine, c, inputs.identity)
+        folders = export.save_results(forward.engine, c, inputs.identity)
         say(f"trained: {', '.join(map(str, folders))}")
     dist.barrier()
+
+
+def due(every: int, done: int, steps: int) -> bool:
+    """Whether what is done every so many steps, and at the end, is to be done now."""
+    return done % every == 0 or done == steps
 
 
 def prepared(pairs: Cache | Preparation) -> Cache:
@@ -154,12 +162,72 @@ def prepared(pairs: Cache | Preparation) -> Cache:
     return Cache(pairs.folder)
 
 
+def stream(
+    c: TrainConfig, e: EngineConfig, cache: Cache, done: int, device: torch.device
+) -> Loader:
+    """This rank's micro-batches from optimizer step `done` on."""
+    return Loader(
+        cache,
+        PairStream(cache.pair_ids, c.seed, c.shuffle_block),
+        slices(e, range(done, c.steps), dist.get_rank(), dist.get_world_size()),
+        seed=c.seed,
+        caption_dropout=c.caption_dropout,
+        device=device,
+        backend=c.backend,
+    )
+
+
 def slices(e: EngineConfig, steps: range, rank: int, world_size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) in the stream of each micro-batch of a rank."""
     for step in steps:
         for micro in range(e.accumulation):
             first = step * e.batch + (micro * world_size + rank) * e.micro_batch
             yield first, first + e.micro_batch
+
+
+def take_step(
+    forward: PairForward,
+    e: EngineConfig,
+    batches: Loader,
+    meter: Meter,
+    skips: Skips,
+    stop: StopSignal,
+) -> bool:
+    """One optimizer step on the next batches; False if a signal came between two of its
+    micro-batches, and then nothing has changed."""
+    engine, loss_fn, observed = forward.engine, forward.loss_fn, []
+    for micro in range(e.accumulation):
+        if stop.agreed():
+            return False
+        out = forward(next(batches))
+        engine.backward(out.loss)
+        observed.append(out.detach())
+        if micro < e.accumulation - 1:
+            engine.step()  # counts the micro-batch only
+    norm = step_optimizer(engine)
+    skipped = ~norm.isfinite()
+    loss_fn.update_ratios(skipped=skipped)
+    skips.add(skipped)
+    for out in observed:
+        meter.observe(out)
+    meter.add({"grad_norm": norm})
+    return True
+
+
+def save(
+    c: TrainConfig, e: EngineConfig, inputs: Inputs, forward: PairForward, done: int, skips: Skips
+) -> Path:
+    """Write a checkpoint after `done` optimizer steps."""
+    return checkpoint.save(
+        forward.engine,
+        forward.loss_fn,
+        Path(c.output) / "checkpoints",
+        keep=c.keep,
+        step=done,
+        position=done * e.batch,
+        skipped=int(skips.total),
+        identity=inputs.identity,
+    )
 
 
 def build(c: TrainConfig, e: EngineConfig, inputs: Inputs, device: torch.device) -> PairForward:

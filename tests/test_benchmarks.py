@@ -30,7 +30,7 @@ def test_a_timed_row_says_what_it_is(tmp_path):
     result = run("--benchmark-only", f"--benchmark-json={path}", "-k", only)
     assert result.returncode == 0, result.stdout[-3000:]
     data = json.loads(path.read_text())
-    assert len(data["benchmarks"]) == 4
+    assert len(data["benchmarks"]) == 5
     for row in data["benchmarks"]:
         info = row["extra_info"]
         assert info["bytes"] > 0 and info["peak_extra_bytes"] > 0

@@ -167,7 +167,7 @@ def test_style_is_sampled_on_held_out_names_only():
         (["--base", "nowhere"], "got 'nowhere'"),
         (["--aligned", "runs/dde"], "aligned: expected NAME=PATH, got 'runs/dde'"),
         (["--aligned", "base=embedded"], "none of them base"),
-        (["--aligned", "dde=nowhere"], "pipeline or UNet2DConditionModel, got 'nowhere'"),
+        (["--aligned", "dde=nowhere"], "pipeline, UNet2DConditionModel or LoRA, got 'nowhere'"),
         (["--rewards", "beauty"], "rewards: expected some of human_score"),
         (
             ["--prompts", "nowhere.txt", "--rewards", "distinct"],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from train_runs import STEPS
 from variants import LORA, WIDE, weights
 
-from dde_fast import evaluate, export, lora
+from dde_fast import embedded, evaluate, export, lora
 from dde_fast.config import TrainConfig
 
 
@@ -109,6 +109,11 @@ def test_a_card_names_the_hub_model_and_the_data(variants, tmp_path):
     export.write_card(c, {"model": "weights 12", "pairs": "content 34"}, [tmp_path / "unet"])
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "someone/a-model"
+    c.model = "embedded"
+    export.write_card(c, {"model": "weights 12", "pairs": "content 34"}, [tmp_path / "unet"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None and "- base model: `embedded`" in card.text
+    assert str(embedded.model_path()) in card.text
     assert '## Data\n\n```json\n{"pairs": 12}\n```' in card.text
 
 

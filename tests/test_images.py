@@ -5,9 +5,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
-from dde_fast import cache, images, noise
+from dde_fast import images, loader, noise
 from dde_fast.images import Geometry, Unusable, decode, fit, geometries
 
 CENTRE = Geometry(0.5, 0.5, False)
@@ -135,8 +135,13 @@ def test_what_is_cut_off_is_truncated():
     assert reason(b"") == "without an image"
 
 
-def test_formats_that_start_other_programs_are_not_opened():
-    assert reason(encoded(Image.new("RGB", (8, 8)), "eps")) == "undecodable image"
+@pytest.mark.parametrize("kind", ["eps", "tga"])
+def test_other_formats_are_not_opened(kind, monkeypatch):
+    """EPS would start Ghostscript."""
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: called.append(args))
+    assert reason(encoded(Image.new("RGB", (8, 8)), kind)) == "undecodable image"
+    assert not called
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore::UserWarning:PIL")
@@ -181,7 +186,7 @@ def test_geometries_of_many_pairs_are_uniform_and_independent():
 
 
 def test_choices_are_not_those_of_timestep_dropout_and_order():
-    taken = {noise.TIMESTEP, noise.CAPTION_DROPOUT, cache.SHUFFLE}
+    taken = {noise.TIMESTEP, noise.CAPTION_DROPOUT, loader.SHUFFLE}
     assert len(taken | {images.CROP_Y, images.CROP_X, images.FLIP}) == 6
 
 

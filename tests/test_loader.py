@@ -189,6 +189,24 @@ def test_closing_ends_the_thread(cache):
     assert threading.active_count() == before
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_nothing_waits_and_the_numbers_are_the_same(cache):
+    stream, device = PairStream(cache.pair_ids, seed=5), torch.device("cuda")
+    batches = load(cache, stream, [(i, i + 4) for i in range(0, 40, 4)], device=device)
+    next(batches)  # compiles the noise
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [next(batches) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    batches.close()
+    for i, batch in enumerate(found):
+        expected = sync(cache, stream, 4 * (i + 1), 4 * (i + 2))
+        torch.testing.assert_close(batch.latents.cpu(), expected.latents, rtol=1e-5, atol=1e-5)
+        assert torch.equal(batch.embeddings.cpu(), expected.embeddings)
+        assert torch.equal(batch.pair_ids.cpu(), expected.pair_ids)
+
+
 def anonymous() -> int:
     """Bytes of this process's memory that belong to no file."""
     with open("/proc/self/smaps_rollup") as file:

@@ -84,7 +84,7 @@ def test_the_first_loss_is_log_2(variants, name):
     assert variants.losses(name)[0] == torch.tensor(math.log(2.0), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("n", range(4))
+@pytest.mark.parametrize("n", [0, 2, 3])
 def test_resumed_is_uninterrupted_bit_for_bit(variants, n):
     same_run(variants, f"lora{n}", f"lora{n}_resumed", "lora", "lora_ema")
 

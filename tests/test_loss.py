@@ -346,3 +346,20 @@ def test_from_scheduler():
     torch.testing.assert_close(flow.weights, (sigmas**2), rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="scheduler: expected"):
         PreferenceLoss.from_scheduler(object(), prediction_type="epsilon")
+
+
+def test_an_output_by_pair_is_what_its_metrics_average_and_holds_no_graph():
+    torch.manual_seed(0)
+    policy, reference, target = (torch.randn(6, 2, 3, 3, device=DEVICE) for _ in range(3))
+    timesteps = torch.tensor([5, 900, 30], device=DEVICE)
+    loss_fn = PreferenceLoss("dde", alphas_cumprod=longhand.scaled_linear(), beta=0.1).to(DEVICE)
+    out = loss_fn(policy.requires_grad_(), reference, target, timesteps.repeat(2)).detach()
+    assert torch.equal(out.timesteps, timesteps)
+    assert not (
+        out.loss.requires_grad or out.logits.requires_grad or out.policy_error.requires_grad
+    )
+    by_pair = out.per_pair()
+    assert all(values.shape == (3,) for values in by_pair.values())
+    assert {name: values.mean() for name, values in by_pair.items()} == out.metrics()
+    assert torch.equal(by_pair["logit_size"], out.logits.abs())
+    assert torch.equal(by_pair["policy_win_error"], out.policy_error[:3])

@@ -1,16 +1,20 @@
 """The trainer and bad input: one clear line, exit code 2, nothing lost."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import caches
 import diffusers
 import pytest
 import tiny
+import torch
 from train_runs import ROOT, Folder, environment, fails, free_port, stage
 
 from dde_fast import checkpoint, train
+from dde_fast.models import Encoders
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,9 @@ BAD = {
     "smoothing and hinge": (["--link", "hinge", "--label_smoothing", "0.1"], "label_smoothing:"),
     "unknown link": (["--link", "tanh"], "link: expected one of"),
     "sft with a link": (["--objective", "sft", "--link", "ipo"], "link: objective 'sft'"),
+    "nothing kept": (["--keep", "-1"], "keep: expected 0 (all) or a number of checkpoints, got -1"),
+    "no patience": (["--max_skipped", "0"], "max_skipped: expected at least 1, got 0"),
+    "no multiple": (["--max_winner_error", "1"], "max_winner_error: expected above 1, got 1.0"),
     "unknown backend": (["--backend", "tpu"], "backend: expected one of"),
     "no such pairs": (
         ["--pairs", "nowhere.parquet"],
@@ -75,6 +82,18 @@ BAD = {
     "no such file": (["--model", "away.safetensors"], "model: expected a .safetensors file"),
     "no such attention": (["--attention", "paged"], "attention: expected one of"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
+    "no such held-out pairs": (
+        ["--validation_pairs", "away.parquet"],
+        "validation_pairs: expected",
+    ),
+    "held-out pairs never": (["--validation_every", "0"], "validation_every: expected at least 1"),
+    "grids of nothing": (
+        ["--grid_every", "2"],
+        "grid_prompts: expected faces, style or a text file",
+    ),
+    "too many images": (["--grid_images", "17"], "grid_images: expected 1 to 16, got 17"),
+    "weak guidance": (["--grid_guidance", "0.5"], "grid_guidance: expected at least 1, got 0.5"),
+    "no peak": (["--peak_tflops", "-1"], "peak_tflops: expected 0"),
     "nothing to resume": (["--resume", "latest"], "resume: expected a complete checkpoint"),
     "no such checkpoint": (["--resume", "away/step-00000001"], "resume: expected a complete"),
 }
@@ -87,10 +106,20 @@ def test_bad_flags_are_one_line_and_exit_2(folder, capfd, name):
     assert not (folder.path / "bad").exists()
 
 
+def test_a_missing_package_is_one_line_and_exit_2(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = fails([*folder.args("bad"), "--wandb_project", "faces"], capfd)
+    assert "wandb_project: expected the package wandb (pip install wandb)" in message
+    assert not (folder.path / "bad").exists()
+
+
 BAD_JSON = {
     "unknown key": ({"zero_optimisation": {"stage": 1}}, "['zero_optimisation']"),
     "bf16 stage 0": ({"bf16": {"enabled": True}}, "expected 1, 2 or 3 with 16 bits"),
     "batches": ({"train_batch_size": 5}, "train_batch_size: expected"),
+    "norm off": ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "grad_norm: exp"),
+    "unchecked": ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow: expected"),
+    "its checkpoints": ({"checkpoint": {"load_universal": True}}, "['checkpoint']"),
     "no stage": ({"zero_optimization": {"stage": 4}}, "expected 0 to 3, got 4"),
     "auto": ({"optimizer": {"type": "SGD", "params": {"momentum": "auto"}}}, "params.momentum"),
     "no such optimizer": (
@@ -137,6 +166,51 @@ def test_broken_files_are_one_line_and_exit_2(folder, capfd):
     assert "12 tied" in fails([*folder.args("bad"), "--pairs", str(ties)], capfd)
 
 
+@pytest.fixture(scope="module")
+def cache(folder) -> Path:
+    encoders = Encoders.load(str(folder.model), torch.device("cpu"))
+    return caches.prepare(encoders, folder.pairs, folder.path / "cache")
+
+
+def test_a_cache_is_for_the_model_that_made_it(folder, cache, capfd):
+    other = tiny.make_model(folder.path / "other_model", seed=1)
+    assert "pairs: expected a cache made with the model's own" in fails(
+        folder.args("bad", pairs=cache, model=other), capfd
+    )
+
+
+def test_a_damaged_cache_is_one_line_and_exit_2(folder, cache, tmp_path, capfd):
+    damaged = shutil.copytree(cache, tmp_path / "cache")
+    (damaged / "images-00000.safetensors").unlink()
+    assert "cache: expected images-00000.safetensors of" in fails(
+        folder.args("bad", pairs=damaged), capfd
+    )
+    (damaged / "manifest.json").write_text("{")
+    assert "cache: expected a manifest in" in fails(folder.args("bad", pairs=damaged), capfd)
+
+
+def test_a_cache_from_afar_needs_room_or_blocks(folder, cache, capfd, monkeypatch):
+    monkeypatch.setenv("DDE_FAST_CACHE", str(folder.path / "fetched"))
+    url, most = cache.as_uri(), max(path.stat().st_size for path in cache.iterdir())
+    flags = {"pairs": url, "cache_gib": most / 2**30}
+    assert "shuffle_block: expected above 0 for a cache of" in fails(
+        folder.args("bad", **flags), capfd
+    )
+    flags["cache_gib"] /= 2
+    assert "cache_gib: expected at least" in fails(folder.args("bad", **flags), capfd)
+
+
+def test_what_a_run_began_to_encode_is_no_run(folder, tmp_path, capfd):
+    """Killed before its first step, a run is started again by the same command."""
+    (tmp_path / "run/cache").mkdir(parents=True)
+    stop = "--objective", "ppo"
+    assert "objective" in fails([*folder.args("again", tmp_path / "run"), *stop], capfd)
+    args = folder.args("again", tmp_path / "run", pairs="nowhere.parquet")
+    assert "pairs: expected" in fails(args, capfd)  # and not: output
+    (tmp_path / "run/metrics.jsonl").touch()
+    assert "output: expected a new or empty directory" in fails(args, capfd)
+
+
 def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -147,16 +221,16 @@ def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("damage", ["marker", "file", "size", "json"])
+@pytest.mark.parametrize("damage", ["marker", "file", "size", "content", "json"])
 def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
     for step in (1, 2):
         path = tmp_path / f"step-{step:08d}"
         path.mkdir()
         (path / "weights").write_bytes(b"1234")
-        state = {"step": step, "position": 4 * step, "world_size": 1, "identity": {}}
+        state = {"step": step, "position": 4 * step, "world_size": 1, "skipped": 0, "identity": {}}
         (path / "state.json").write_text(json.dumps(state))
-        sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-        (path / checkpoint.MARKER).write_text(json.dumps(sizes))
+        contents = checkpoint._contents(path)
+        (path / checkpoint.MARKER).write_text(json.dumps(contents))
     assert checkpoint.find("latest", tmp_path)[0].step == 2
     newest = tmp_path / "step-00000002"
     if damage == "marker":
@@ -165,6 +239,8 @@ def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
         (newest / "weights").unlink()
     elif damage == "size":
         (newest / "weights").write_bytes(b"12")
+    elif damage == "content":
+        (newest / "weights").write_bytes(b"1235")
     else:
         (newest / checkpoint.MARKER).write_text("{")
     found, torn = checkpoint.find("latest", tmp_path)

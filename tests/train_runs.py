@@ -70,6 +70,7 @@ class Folder:
         for rank in range(ranks):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            variables |= {"DDE_FAST_CACHE": str(self.path / "fetched")}
             log = open(self.path / f"{name}.{rank}.log", "w+")
             command = [sys.executable, str(ROOT / "tests/train_worker.py"), str(path)]
             process = subprocess.Popen(

@@ -4,7 +4,8 @@
 
 Each job has `args` for `dde_fast.train.main` and optionally: `plain`, to train with PyTorch alone
 instead; `stop`, [rank, step] at which that rank gets a SIGTERM; `tear`, a file to cut in half
-first; `count_syncs`, a file for the steps at which the host waited for the device.
+first; `count_syncs`, a file for the steps at which the host waited for the device; `exit`, the code
+that it must end with; or a fault of `faults.FAULTS` with its arguments.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from faults import FAULTS
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,8 +118,8 @@ def count_syncs(args: list[str], path: Path) -> None:
     advance, tolist = metrics.RunLog.advance, torch.Tensor.tolist
     looks = ops._check_timesteps, ops._is_one
 
-    def counting_advance(log):
-        advance(log)
+    def counting_advance(log, step):
+        advance(log, step)
         counts.append(syncs.count)
         syncs.count = 0
 
@@ -143,11 +145,11 @@ def stop_at(rank: int, step: int, args: list[str]) -> None:
     """Train, with a SIGTERM to one rank after a step."""
     advance = metrics.RunLog.advance
 
-    def stopping_advance(log):
-        log.steps_seen = getattr(log, "steps_seen", 0) + 1
-        if log.steps_seen == step and os.environ["RANK"] == str(rank):
+    def stopping_advance(log, done):
+        if done == step and os.environ["RANK"] == str(rank) and not hasattr(log, "stopped"):
+            log.stopped = True
             os.kill(os.getpid(), signal.SIGTERM)
-        advance(log)
+        advance(log, done)
 
     metrics.RunLog.advance = stopping_advance
     try:
@@ -163,6 +165,17 @@ def tear(path: Path) -> None:
 
 def run(job: dict) -> None:
     """Do one job."""
+    if "exit" in job:
+        try:
+            run({key: value for key, value in job.items() if key != "exit"})
+        except SystemExit as stop:
+            assert stop.code == job["exit"], stop.code
+            return
+        raise AssertionError(f"{job['args']} did not end with exit code {job['exit']}")
+    for name in job.keys() & FAULTS.keys():
+        with FAULTS[name](*job[name]):
+            run({key: value for key, value in job.items() if key != name})
+        return
     if "tear" in job:
         tear(Path(job["tear"]))
     if job.get("plain"):

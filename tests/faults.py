@@ -1,0 +1,116 @@
+"""Faults that a test injects into a run, as context managers around `train.main`."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import zipfile
+from pathlib import Path
+
+import torch
+
+from dde_fast import checkpoint
+from dde_fast.forward import PairForward
+
+
+@contextlib.contextmanager
+def instead(owner, name: str, value):
+    """Set an attribute for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def here(rank: int) -> bool:
+    return os.environ["RANK"] == str(rank)
+
+
+def poison(rank: int, first: int, last: int):
+    """The loss, and hence the gradient, of one rank is nan in the steps first to last, from 0; a
+    batch has 4 pairs, and one micro-batch per rank."""
+    forward = PairForward.__call__
+
+    def poisoned(self, start, stop):
+        out = forward(self, start, stop)
+        if here(rank) and first <= start // 4 <= last:
+            return dataclasses.replace(out, loss=out.loss * math.nan)
+        return out
+
+    return instead(PairForward, "__call__", poisoned)
+
+
+def full(rank: int, at: int, size: int):
+    """One rank's disk is full while it saves after step `at`: no file can grow beyond `size`."""
+    save = checkpoint.save
+
+    def saving(*args, **kwargs):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if here(rank) and kwargs["step"] == at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            return save(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return instead(checkpoint, "save", saving)
+
+
+def interrupt(rank: int, call: int):
+    """One rank gets a SIGTERM within its forward of that number, from 0."""
+    forward, calls = PairForward.__call__, []
+
+    def interrupted(self, start, stop):
+        if here(rank) and len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(start)
+        return forward(self, start, stop)
+
+    return instead(PairForward, "__call__", interrupted)
+
+
+@contextlib.contextmanager
+def tamper(path: str, change):
+    """A checkpoint's model file is changed, and the marker with it."""
+    folder = Path(path)
+    file = folder / "mp_rank_00_model_states.pt"
+    change(file)
+    (folder / checkpoint.MARKER).write_text(json.dumps(checkpoint._contents(folder)))
+    yield
+
+
+def flip(path: str):
+    """One bit of a weight."""
+
+    def change(file: Path):
+        content = bytearray(file.read_bytes())
+        with zipfile.ZipFile(file) as archive:
+            largest = max(archive.infolist(), key=lambda record: record.file_size)
+        content[largest.header_offset + largest.file_size // 2] ^= 1
+        file.write_bytes(content)
+
+    return tamper(path, change)
+
+
+def with_pickle(path: str):
+    """An object of a class that no trainer saves."""
+
+    def change(file: Path):
+        state = torch.load(file, weights_only=True)
+        torch.save(state | {"more": Path("/")}, file)
+
+    return tamper(path, change)
+
+
+FAULTS = {
+    "flip": flip,
+    "pickle": with_pickle,
+    "poison": poison,
+    "full": full,
+    "interrupt": interrupt,
+}
