@@ -26,7 +26,7 @@ import diffusers
 import torch
 import transformers  # noqa: F401  (loaded before the ranks are forked)
 from safetensors.torch import load_file
-from train_runs import Folder, free_port
+from train_runs import Folder, commit, free_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: E402
@@ -178,7 +178,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, diffusers)}
     machine = {"platform": platform.platform(), "cpus": os.cpu_count(), **versions}
-    result = {"steps": options.steps, "machine": machine, "runs": rows}
+    result = {"commit": commit(), "steps": options.steps, "machine": machine, "runs": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(not all(row["bit_identical"] for row in rows))
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train_runs import HALF, ROOT, Folder, environment, stage
+from train_runs import HALF, ROOT, Folder, commit, environment, stage
 
 NODES, ADDRESSES = ("dde-node-0", "dde-node-1"), ("10.213.7.1", "10.213.7.2")
 SCRIPT, PORT = str(ROOT / "dde_fast/train.py"), "29512"
@@ -119,8 +119,8 @@ def main() -> None:
                 }
             rows.append(row)
             print(row, flush=True)
-    kernel = os.uname().release
-    options.out.write_text(json.dumps({"kernel": kernel, "runs": rows}, indent=1) + "\n")
+    result = {"commit": commit(), "kernel": os.uname().release, "runs": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
     numbers = [
         x for row in rows for name in row if name != "zero_stage" for x in row[name].values()
     ]
