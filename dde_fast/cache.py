@@ -102,7 +102,7 @@ class Cache:
             if found != size:
                 raise ValueError(
                     f"cache: expected {name} of {size} bytes in {self.location!r}, got {found}; "
-                    "prepare again, which makes what is missing"
+                    "delete it if it is there and prepare again, which makes what is missing"
                 )
         return shards
 

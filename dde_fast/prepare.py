@@ -92,8 +92,8 @@ class PrepareConfig:
     """Of what is stored: float16, bfloat16 or float32."""
     shard_size: int = 1024
     """Images or prompts per file: 64 MiB of SD 1.5's images in float16."""
-    batch_size: int = 16
-    """Images or prompts encoded at once."""
+    batch_size: int = 8
+    """Images or prompts encoded at once; the memory that the VAE takes, in float32, grows with it."""
     decode_threads: int = 4
     """Threads that decode images while others are encoded."""
     shard: str = "0/1"

@@ -241,7 +241,9 @@ def test_other_pairs_models_and_folders_are_refused(encoders, pairs, whole, tmp_
         caches.preparation(encoders, pairs, mixed).run()
 
 
-def test_verify_finds_a_flipped_bit(encoders, pairs, tmp_path, capfd):
+def test_verify_finds_a_flipped_bit_and_preparing_mends_it(
+    encoders, pairs, whole, tmp_path, capfd, encoded
+):
     folder = caches.prepare(encoders, pairs, tmp_path / "cache")
     prepare.main(["--verify", "--output", str(folder)])
     assert "whole: 12 pairs of 12 images and 4 prompts" in capfd.readouterr().out
@@ -254,6 +256,11 @@ def test_verify_finds_a_flipped_bit(encoders, pairs, tmp_path, capfd):
     assert stop.value.code == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "dde_fast" in line]
     assert len(lines) == 1 and "images-00001.safetensors' to hold sha256" in lines[0]
+    path.unlink()
+    encoded.clear()
+    caches.prepare(encoders, pairs, folder)
+    assert encoded == ["images-00001.safetensors"]
+    assert caches.contents(folder) == caches.contents(whole)
 
 
 def test_the_content_must_fit_the_dtype(encoders, pairs, tmp_path, monkeypatch):
