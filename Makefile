@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("PYTHON: expected 3.10 to 3.13, got %d.%d" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch setuptools wheel packaging ninja numpy
-	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev,lora,8bit]'
+	DS_BUILD_OPS=0 $(PIP) install -c constraints.txt --no-build-isolation -e '.[demo,dev,lora]'
 	touch $@
 
 # two trainings on embedded pairs, SFT on the winners as the control, then the comparison
