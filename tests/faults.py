@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -32,13 +33,12 @@ def here(rank: int) -> bool:
 
 
 def poison(rank: int, first: int, last: int):
-    """The loss, and hence the gradient, of one rank is nan in the steps first to last, from 0; a
-    batch has 4 pairs, and one micro-batch per rank."""
-    forward = PairForward.__call__
+    """The loss, and hence the gradient, of one rank is nan in its forwards first to last, from 0."""
+    forward, calls = PairForward.__call__, itertools.count()
 
-    def poisoned(self, start, stop):
-        out = forward(self, start, stop)
-        if here(rank) and first <= start // 4 <= last:
+    def poisoned(self, batch):
+        out, call = forward(self, batch), next(calls)
+        if here(rank) and first <= call <= last:
             return dataclasses.replace(out, loss=out.loss * math.nan)
         return out
 
@@ -63,13 +63,12 @@ def full(rank: int, at: int, size: int):
 
 def interrupt(rank: int, call: int):
     """One rank gets a SIGTERM within its forward of that number, from 0."""
-    forward, calls = PairForward.__call__, []
+    forward, calls = PairForward.__call__, itertools.count()
 
-    def interrupted(self, start, stop):
-        if here(rank) and len(calls) == call:
+    def interrupted(self, batch):
+        if here(rank) and next(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
-        calls.append(start)
-        return forward(self, start, stop)
+        return forward(self, batch)
 
     return instead(PairForward, "__call__", interrupted)
 

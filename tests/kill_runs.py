@@ -33,6 +33,7 @@ import deepspeed  # noqa: E402
 
 from dde_fast import checkpoint, train  # noqa: E402
 from dde_fast.checkpoint_files import without_pickle  # noqa: E402
+from dde_fast.metrics import OF_THE_MACHINE  # noqa: E402
 
 
 def fork(args: list[str], ranks: int, log: Path) -> list[int]:
@@ -96,12 +97,11 @@ def content(run: Path, steps: int) -> dict:
     with without_pickle():
         files = {path.name: torch.load(path) for path in sorted(last.glob("*.pt"))}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("pairs_per_second", "memory_gib")
     return {
         "checkpoint": {name: without_paths(value) for name, value in files.items()},
         "ratios": load_file(last / "ratios.safetensors"),
         "unet": load_file(run / "unet/diffusion_pytorch_model.safetensors"),
-        "metrics": [{key: x for key, x in line.items() if key not in clock} for line in lines],
+        "metrics": [{key: line[key] for key in line.keys() - OF_THE_MACHINE} for line in lines],
     }
 
 
