@@ -7,6 +7,7 @@ DeepSpeed ignores an unknown key silently and gets some combinations wrong; here
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,11 @@ class EngineConfig:
     """ZeRO stage."""
     dtype: torch.dtype
     """Of the policy's and the reference's forward."""
+
+    @property
+    def ranks(self) -> int:
+        """How many take part."""
+        return self.batch // (self.micro_batch * self.accumulation)
 
 
 KNOWN_KEYS = frozenset(
@@ -62,7 +68,7 @@ def read_engine_config(config: TrainConfig, world_size: int) -> EngineConfig:
         raise ValueError(
             f"deepspeed_config: expected a readable JSON file, got {path!r} ({error.strerror})"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"deepspeed_config: expected JSON, got {path!r}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"deepspeed_config: expected a JSON object, got {type(raw).__name__}")
@@ -74,6 +80,11 @@ def read_engine_config(config: TrainConfig, world_size: int) -> EngineConfig:
     for key in ("zero_optimization", "bf16", "bfloat16", "fp16"):
         if not isinstance(ds.get(key, {}), dict):
             raise ValueError(f"deepspeed_config: {key}: expected an object, got {ds[key]!r}")
+        # DeepSpeed takes "yes" for true, and the models would be in another precision than it
+        if not isinstance(enabled := ds.get(key, {}).get("enabled", False), bool):
+            raise ValueError(
+                f"deepspeed_config: {key}.enabled: expected true or false, got {enabled!r}"
+            )
     micro_batch, accumulation, batch = _batches(ds, world_size)
     ds |= {
         "train_batch_size": batch,
@@ -81,7 +92,11 @@ def read_engine_config(config: TrainConfig, world_size: int) -> EngineConfig:
         "gradient_accumulation_steps": accumulation,
     }
     # DeepSpeed clips at 1.0 unless told, and by default waits for the device at every step
-    ds.setdefault("gradient_clipping", 1.0)
+    clipping = ds.setdefault("gradient_clipping", 1.0)
+    if not (isinstance(clipping, (int, float)) and 0 <= clipping < math.inf):
+        raise ValueError(
+            f"deepspeed_config: gradient_clipping: expected 0 (none) or more, got {clipping!r}"
+        )
     ds.setdefault("timers", {"throughput": {"enabled": False}})
     for section, key in (
         ("zero_optimization", "compute_grad_norm"),
@@ -131,6 +146,10 @@ def _fill_auto(raw: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
         if section in ds and not (isinstance(ds[section], dict) and "type" in ds[section]):
             raise ValueError(f"deepspeed_config: {section}: expected an object with a type")
         params = ds.get(section, {}).setdefault("params", {})
+        if not isinstance(params, dict):
+            raise ValueError(
+                f"deepspeed_config: {section}.params: expected an object, got {params!r}"
+            )
         for key, value in params.items():
             if value == "auto" and key not in known:
                 raise ValueError(

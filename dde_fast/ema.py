@@ -21,7 +21,8 @@ STATE = "ema"
 
 
 def attach(engine, decay: float) -> None:
-    """Average after each of the engine's optimizer steps from now on; a skipped step is none."""
+    """Average after each of the engine's optimizer steps from now on; a skipped step is none, also
+    where the optimizer alone knows of it, on the device (`engine.step_optimizer`)."""
 
     @torch.no_grad()
     def update(optimizer: torch.optim.Optimizer, *_) -> None:
@@ -36,25 +37,16 @@ def attach(engine, decay: float) -> None:
                     weights.append(weight)
                 else:
                     state[STATE] = weight.detach().clone()
-        if weights:
-            get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averages, weights, step)
+        kept = min(decay, (1 + step) / (10 + step))
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is not None:  # 1 or 0: the host does not know, and shall not wait to hear it
+            share = (1 - kept) * (1 - skipped)
+            for average, weight in zip(averages, weights, strict=True):
+                average.lerp_(weight, share.to(weight.dtype))
+        elif weights:
+            get_ema_multi_avg_fn(kept)(averages, weights, step)
 
     engine.basic_optimizer.register_step_post_hook(update)
-
-
-def check_restored(engine) -> None:
-    """Refuse to begin a new average in the middle of a run.
-
-    Raises:
-        ValueError: a checkpoint was loaded whose optimizer states hold no average, such as one
-            converted to DeepSpeed's universal form, which keeps Adam's moments alone.
-    """
-    states = [state for state in engine.basic_optimizer.state.values() if state]
-    if states and not any(STATE in state for state in states):
-        raise ValueError(
-            "ema_decay: expected a checkpoint with the average of the weights, got one without; "
-            "continue on as many ranks as wrote it"
-        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from dde_fast.engine import device_of_process, say
 from dde_fast.evaluate import read_prompts
 from dde_fast.loss import PreferenceLoss
 from dde_fast.metrics import check_wandb
-from dde_fast.optimizers import load_optimizer
+from dde_fast.optimizers import load_optimizer, unsplittable
 from dde_fast.prepare import Preparation, PrepareConfig
 
 FREE_ON_RESUME = frozenset(
@@ -101,6 +101,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     }
     if start is not None:
         checkpoint.check_continues(start, identity)
+        check_ranks(c, e, start)
     if c.lora_rank:  # after the model's fingerprint was taken
         lora.add_adapters(unet, c)
     say(f"pairs: {pairs}")  # reads a source's rows
@@ -191,6 +192,21 @@ def place_of_run(c: TrainConfig) -> checkpoint.Checkpoint | None:
     if start.step > c.steps:
         raise ValueError(f"steps: expected at least the {start.step} done, got {c.steps}")
     return start
+
+
+def check_ranks(c: TrainConfig, e: EngineConfig, start: checkpoint.Checkpoint) -> None:
+    """Refuse another number of ranks than wrote a ZeRO checkpoint where its states would be lost.
+
+    Raises:
+        ValueError: naming what would be.
+    """
+    lost = unsplittable(c, e)
+    if e.stage > 0 and start.world_size != e.ranks and lost is not None:
+        raise ValueError(
+            f"resume: expected {start.world_size} ranks, as many as wrote {str(start.path)!r}, got "
+            f"{e.ranks}: of a checkpoint of ZeRO stage {e.stage} DeepSpeed splits the weights and "
+            f"Adam's moments anew, but not {lost}"
+        )
 
 
 def describe(config: TrainConfig, engine: EngineConfig) -> dict[str, Any]:

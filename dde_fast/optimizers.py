@@ -28,6 +28,8 @@ class OptimizerRow:
     """Its keyword arguments, learning rate included."""
     partitions: bool = True
     """Whether it may be given the flat slices that ZeRO cuts the parameters into."""
+    splits: bool = False
+    """Whether DeepSpeed can split its states for another number of ranks: those of Adam alone."""
 
 
 def _adam(c: TrainConfig) -> dict[str, Any]:
@@ -51,12 +53,28 @@ def _adafactor(c: TrainConfig) -> dict[str, Any]:
 
 
 OPTIMIZERS: dict[str, OptimizerRow] = {
-    "adamw": OptimizerRow("torch.optim", "AdamW", "torch", lambda c: _adam(c) | {"fused": True}),
+    "adamw": OptimizerRow(
+        "torch.optim", "AdamW", "torch", lambda c: _adam(c) | {"fused": True}, splits=True
+    ),
     "adamw8bit": OptimizerRow("bitsandbytes.optim", "AdamW8bit", "bitsandbytes", _adam),
     "lion8bit": OptimizerRow("bitsandbytes.optim", "Lion8bit", "bitsandbytes", _lion),
     # on flat slices it would keep a full second moment, and clip by the slice
     "adafactor": OptimizerRow("transformers", "Adafactor", "transformers", _adafactor, False),
 }
+
+
+def unsplittable(c: TrainConfig, e: EngineConfig) -> str | None:
+    """What of the optimizer's states DeepSpeed would lose when it splits a ZeRO checkpoint for
+    another number of ranks, where it keeps Adam's two moments and nothing else; None = nothing."""
+    if c.ema_decay:
+        return "the average that ema_decay keeps"
+    if "optimizer" not in e.json:
+        name = "adamw" if c.optimizer == "auto" else c.optimizer
+        return None if OPTIMIZERS[name].splits else f"the states of {name}"
+    kind, params = e.json["optimizer"]["type"], e.json["optimizer"]["params"]
+    if kind.lower() not in ("adam", "adamw"):
+        return f"the states of {kind}"
+    return "the maxima of amsgrad" if params.get("amsgrad") else None
 
 
 def load_optimizer(

@@ -3,12 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from train_runs import STEPS
+from train_worker import Syncs
 from variants import EMA, distance, same_run, weights
 
-from dde_fast import ema
+from dde_fast import checkpoint, ema, inputs
+from dde_fast.config import TrainConfig
+from dde_fast.deepspeed_config import read_engine_config
 
 
 def start_of(folder) -> dict[str, torch.Tensor]:
@@ -53,19 +57,62 @@ def test_exporting_a_finished_run_again_changes_nothing(variants):
         assert distance(weights(variants, "ema2", kind), expected, start) < 5e-4
 
 
-def test_an_average_is_not_begun_in_the_middle_of_a_run():
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_the_optimizer_skipped_is_none(fused):
+    """Nor does the host wait to hear whether it was: the optimizer knows it on the device."""
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight])
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
     engine = SimpleNamespace(basic_optimizer=optimizer, global_steps=0)
-    ema.check_restored(engine)  # nothing was stepped yet
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    with pytest.raises(ValueError, match="ema_decay: expected a checkpoint with the average"):
-        ema.check_restored(engine)
     ema.attach(engine, 0.9)
-    optimizer.step()
-    ema.check_restored(engine)
-    assert torch.equal(optimizer.state[weight][ema.STATE], weight)
+    expected, waits = None, 0
+    for step, skipped in enumerate([False, False, True, False, True, True, False]):
+        engine.global_steps = step
+        weight.grad = torch.full((3,), torch.nan if skipped else 1.0)
+        if fused:  # as engine.step_optimizer and engine._skips_when_told do
+            optimizer.found_inf = torch.tensor(float(skipped))
+        if fused or not skipped:
+            with Syncs() as syncs:
+                optimizer.step()
+            waits += syncs.count
+        if not skipped:
+            decay = min(0.9, (1 + step) / (10 + step)) if expected is not None else 0.0
+            expected = decay * (0 if expected is None else expected) + (1 - decay) * weight.detach()
+        average = optimizer.state[weight][ema.STATE]
+        torch.testing.assert_close(average, expected, rtol=1e-6, atol=0)
+        assert not torch.equal(average, weight) or step == 0
+    assert waits == 0 or not fused
+
+
+LOST = {
+    "an average": ({"ema_decay": 0.9}, {}, "the average that ema_decay keeps"),
+    "8 bits": ({"optimizer": "adamw8bit"}, {}, "the states of adamw8bit"),
+    "another of the JSON": ({}, {"optimizer": {"type": "Lion"}}, "the states of Lion"),
+    "amsgrad": (
+        {},
+        {"optimizer": {"type": "Adam", "params": {"amsgrad": True}}},
+        "the maxima of amsgrad",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(LOST))
+def test_what_cannot_be_split_for_other_ranks_is_refused_before_it_is_loaded(tmp_path, name):
+    flags, ds, lost = LOST[name]
+
+    def check(stage: int, ranks: int, flags: dict, ds: dict) -> None:
+        zero = {"zero_optimization": {"stage": stage}}
+        path = tiny.write_ds(tmp_path / "ds.json", **zero, **ds)
+        c = TrainConfig(deepspeed_config=str(path), **flags)
+        inputs.check_ranks(c, read_engine_config(c, ranks), start)
+
+    start = checkpoint.Checkpoint(tmp_path, 1, 4, world_size=2, skipped=0, identity={})
+    for n in (1, 2, 3):
+        with pytest.raises(ValueError, match=f"resume: expected 2 ranks, .* got 1: .* not {lost}"):
+            check(n, 1, flags, ds)
+        check(n, 2, flags, ds)  # as many as wrote it
+        check(n, 1, {}, {"optimizer": {"type": "AdamW"}})
+        check(n, 1, {}, {})
+    check(0, 1, flags, ds)  # every rank holds the whole
 
 
 def test_a_run_without_an_average_leaves_none(variants):
