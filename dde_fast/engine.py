@@ -16,18 +16,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dde_fast import ema
+from dde_fast.checkpoint_files import Failures
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.optimizers import load_optimizer
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Bad input is one line on stderr, from one process per machine, and exit code 2."""
+def one_line_errors(own: bool = False) -> Iterator[None]:
+    """Bad input is one line on stderr and exit code 2: from one process per machine, or from each
+    where the error may be its `own`, for the others know nothing of it."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        if os.environ["LOCAL_RANK"] == "0":
+        if own or os.environ["LOCAL_RANK"] == "0":
             print("dde_fast: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -87,7 +89,11 @@ def check_json(e: EngineConfig) -> None:
 
 def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
     """DeepSpeed's engine around the policy: the configuration's optimizer with linear warm-up unless
-    the JSON names its own optimizer or scheduler."""
+    the JSON names its own optimizer or scheduler.
+
+    Raises:
+        ValueError: the JSON's optimizer or scheduler cannot be made with the values it gives them.
+    """
     import deepspeed
 
     if c.gradient_checkpointing:
@@ -97,13 +103,18 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
         torch.optim.lr_scheduler.LambdaLR,
         lr_lambda=lambda step: min(1.0, (step + 1) / max(1, c.warmup_steps)),
     )
-    engine, *_ = deepspeed.initialize(
-        model=unet,
-        model_parameters=[weight for weight in unet.parameters() if weight.requires_grad],
-        optimizer=load_optimizer(c, e),
-        lr_scheduler=None if "scheduler" in e.json else scheduler,
-        config=e.json,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=unet,
+            model_parameters=[weight for weight in unet.parameters() if weight.requires_grad],
+            optimizer=load_optimizer(c, e),
+            lr_scheduler=None if "scheduler" in e.json else scheduler,
+            config=e.json,
+        )
+    except (TypeError, ValueError, AssertionError) as error:  # theirs, each in its own words
+        if not e.json.keys() & {"optimizer", "scheduler"}:
+            raise
+        raise ValueError(f"deepspeed_config: optimizer or scheduler: {error}") from error
     if e.stage == 0 and not getattr(engine.optimizer, "_step_supports_amp_scaling", False):
         _skips_when_told(engine.optimizer)
     if c.ema_decay:
@@ -172,14 +183,15 @@ class Skips:
 
 
 class StopSignal:
-    """SIGINT or SIGTERM asks for a last checkpoint; a second one ends the process at once.
+    """SIGINT or SIGTERM asks for a last checkpoint, and so does a rank whose data cannot be read any
+    more; a second signal ends the process at once.
 
     The ranks agree before every micro-batch, over the host's network: the state of the last whole
     optimizer step is being saved at most one micro-batch after the signal.
     """
 
     def __init__(self):
-        self.received = False
+        self.received, self.failures = False, Failures()
         # on the CPU, so that asking makes no rank wait for its GPU
         self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self.before = {
@@ -190,6 +202,14 @@ class StopSignal:
     def _handle(self, number: int, frame) -> None:
         self.received = True
         signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def on_errors(self) -> Iterator[None]:
+        """What is raised in here on this rank asks all to stop; `failures` tells them of it."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.failures.first, self.received = error, True
 
     def restore(self) -> None:
         """Give the signals back to who handled them before."""

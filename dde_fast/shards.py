@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from torch import Tensor
 
 PARTIAL = ".partial"
 """Ending of a file that is being written."""
+PAUSES = (1, 2, 4, 8, 16)
+"""Seconds before each new attempt to fetch a shard after the network failed."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def open_shard(path: Path) -> Shard:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         facts = json.loads(header["facts"])
         return Shard(tensors, header["fingerprint"], facts, header["sha256"], path.stat().st_size)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"cache: expected a whole shard in {str(path)!r}, got a damaged file ({error}); delete "
             "it and prepare again"
@@ -163,7 +166,7 @@ class StreamedShards(Shards):
         limit: int,
     ):
         super().__init__(folder, expected, fingerprint)
-        self.remote, self.root = fsspec.url_to_fs(url)
+        self.url, (self.remote, self.root) = url, fsspec.url_to_fs(url)
         self.limit, self.fetched = limit, 0
         largest = max(size for size, _ in expected.values())
         if largest > limit:
@@ -193,13 +196,30 @@ class StreamedShards(Shards):
         self._make_room(self.limit - self.expected[name][0])
         partial = path.with_name(name + PARTIAL)
         try:
-            self.remote.get_file(f"{self.root}/{name}", str(partial))
+            self._download(name, partial)
             check_content(self._open(partial, name), partial)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
         self.fetched += 1
+
+    def _download(self, name: str, partial: Path) -> None:
+        """Fetch a file; a network that fails is given some time to come back.
+
+        Raises:
+            OSError: it did not, or the file is not there or not ours to read.
+        """
+        for pause in (*PAUSES, None):
+            try:
+                return self.remote.get_file(f"{self.root}/{name}", str(partial))
+            except Exception as error:  # every remote file system raises errors of its own
+                if pause is None or isinstance(error, (FileNotFoundError, PermissionError)):
+                    raise OSError(
+                        f"pairs: expected to fetch {name} from {self.url!r}, got "
+                        f"{type(error).__name__}: {error}"
+                    ) from None
+            time.sleep(pause)
 
     def _make_room(self, limit: int) -> None:
         """Delete what was used longest ago until the rest fits."""

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from dde_fast import checkpoint, config, ema, export, flops, lora, models
+from dde_fast import checkpoint, config, export, flops, lora, models
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
@@ -77,6 +77,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     e = replace(e, json=e.json | more)
     with one_line_errors():
         check_json(e)
+    with one_line_errors(own=True):
         # what planned and encoded a cache is let go
         cache = inputs.pairs = prepared(inputs.pairs)
         if inputs.held_out is not None:
@@ -87,12 +88,10 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     if inputs.grid_prompts:  # the base is sampled before the policy takes its memory
         grids = Grids(inputs.model, inputs.grid_prompts, c, e.dtype, device)
     pairs_at_peak = flops.pairs_at_peak(c, e, inputs.unet, cache, device)
-    forward = build(c, e, inputs, device)
-    if start is not None:
-        with one_line_errors():
+    with one_line_errors():
+        forward = build(c, e, inputs, device)
+        if start is not None:
             checkpoint.load(forward.engine, forward.loss_fn, start, output / "checkpoints")
-            if c.ema_decay:
-                ema.check_restored(forward.engine)
     done, saved = (start.step, start.path) if start else (0, None)
     skips = Skips(device, start.skipped if start else 0)
     validation = None
@@ -115,7 +114,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             record = meter.read({"skipped_steps": skips.total, "in_a_row": skips.in_a_row})
             diverged = record.pop("in_a_row") >= c.max_skipped
             if looking:
-                with log.aside():
+                with one_line_errors(own=True), log.aside():
                     record["validation"] = validation()
             warning = winner_warning(record, c.max_winner_error)
             log.write(done, record, learning_rate, batches.waited, warning)
@@ -140,6 +139,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             )
     if stopped:
         what = f"and saved {saved}; continue with --resume latest" if saved else "at its beginning"
+        if errors := stop.failures.of_all_ranks():
+            with one_line_errors():
+                raise OSError(f"{errors[0]}; stopped {what}")
         say(f"stopped by a signal {what}")
     else:
         folders = export.save_results(forward.engine, c, inputs.identity)
@@ -196,13 +198,15 @@ def take_step(
     skips: Skips,
     stop: StopSignal,
 ) -> bool:
-    """One optimizer step on the next batches; False if a signal came between two of its
-    micro-batches, and then nothing has changed."""
+    """One optimizer step on the next batches; False if between two of its micro-batches a signal
+    came or the data ended on any rank, and then nothing has changed."""
     engine, loss_fn, observed = forward.engine, forward.loss_fn, []
     for micro in range(e.accumulation):
+        with stop.on_errors():
+            batch = next(batches)
         if stop.agreed():
             return False
-        out = forward(next(batches))
+        out = forward(batch)
         engine.backward(out.loss)
         observed.append(out.detach())
         if micro < e.accumulation - 1:

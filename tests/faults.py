@@ -15,6 +15,7 @@ import torch
 
 from dde_fast import checkpoint
 from dde_fast.forward import PairForward
+from dde_fast.loader import Loader
 
 
 @contextlib.contextmanager
@@ -73,6 +74,18 @@ def interrupt(rank: int, call: int):
     return instead(PairForward, "__call__", interrupted)
 
 
+def unplug(rank: int, call: int):
+    """The network of one rank fails for good at its batch of that number, from 0."""
+    following, calls = Loader.__next__, itertools.count()
+
+    def failing(self):
+        if here(rank) and next(calls) >= call:
+            raise OSError("pairs: expected to fetch a shard, got none")
+        return following(self)
+
+    return instead(Loader, "__next__", failing)
+
+
 @contextlib.contextmanager
 def tamper(path: str, change):
     """A checkpoint's model file is changed, and the marker with it."""
@@ -112,4 +125,5 @@ FAULTS = {
     "poison": poison,
     "full": full,
     "interrupt": interrupt,
+    "unplug": unplug,
 }

@@ -175,6 +175,49 @@ def test_shards_from_a_url_are_fetched_once_and_bounded(folder, url, tmp_path):
     assert again.shards.fetched == 0  # another run finds them
 
 
+class Unplugged:
+    """A file system that fails the first times that a certain file is asked for."""
+
+    def __init__(self, remote, name: str, times: float, error: Exception):
+        self.remote, self.name, self.times, self.error, self.asked = remote, name, times, error, 0
+
+    def get_file(self, path: str, local: str) -> None:
+        if path.endswith(self.name):
+            self.asked += 1
+            if self.asked <= self.times:
+                raise self.error
+        self.remote.get_file(path, local)
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """What would have been waited for."""
+    waited: list[float] = []
+    monkeypatch.setattr(shards.time, "sleep", waited.append)
+    return waited
+
+
+def test_a_network_that_comes_back_costs_nothing_but_time(folder, url, tmp_path, pauses):
+    cache = Cache(url, folder=tmp_path, limit=2**30)
+    failing = Unplugged(cache.shards.remote, "images-00003.safetensors", 3, RuntimeError("away"))
+    cache.shards.remote = failing
+    assert torch.equal(rows(cache, 15).mean, rows(Cache(folder), 15).mean)
+    assert failing.asked == 4 and pauses == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"), [(TimeoutError("slow"), 6), (PermissionError("expired"), 1)]
+)
+def test_a_network_that_stays_away_is_one_clear_error(url, tmp_path, pauses, error, attempts):
+    cache = Cache(url, folder=tmp_path, limit=2**30)
+    failing = Unplugged(cache.shards.remote, "images-00003.safetensors", torch.inf, error)
+    cache.shards.remote = failing
+    message = f"^pairs: expected to fetch images-00003.* from 'memory://cache', got {type(error).__name__}: {error}$"
+    with pytest.raises(OSError, match=message):
+        rows(cache, 15)
+    assert failing.asked == attempts and len(pauses) == attempts - 1
+
+
 def test_processes_share_the_folder(folder, url, tmp_path):
     """What one reader makes room for may be what another one reads."""
     here, limit, errors = Cache(folder), 4 * largest(folder), []

@@ -8,13 +8,16 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_runs import HALF, ROOT, STEPS, Folder, environment, fails, stage
+from variants import distance, weights
 
 from dde_fast import checkpoint, config, inputs
 from dde_fast.checkpoint_files import without_pickle
 
 STAGES = range(4)
 QUARTER = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+EMA = {"ema_decay": 0.5}
 PLAIN_ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-4, "fused": False}}}
 
 
@@ -25,10 +28,11 @@ def folder(tmp_path_factory) -> Folder:
     args, half = folder.args, stage(1, **HALF)
     alone = [
         {"args": args("pruned", save_every=1, keep=2)},
-        {"args": args("skipped_json", ds=stage(0, **PLAIN_ADAM)), "poison": [0, 2, 2]},
+        {"args": args("skipped_json", ds=stage(0, **PLAIN_ADAM), **EMA), "poison": [0, 2, 2]},
     ]
     # the ranks' shares of a step are two micro-batches
     split = args("interrupted", ds=stage(2, **QUARTER))
+    offline = args("offline", ds=stage(2, **QUARTER))
     # where rounding is not magnified: by Adam's steps in the weights, by DDE's k² in the losses
     slowly = {"learning_rate": 1e-4, "timestep_high": 400}
     full = args("full", ds=half, save_every=2, **slowly)
@@ -37,6 +41,8 @@ def folder(tmp_path_factory) -> Folder:
         {"args": args("whole", ds=stage(2, **QUARTER))},
         {"args": split, "interrupt": [1, 4]},
         {"args": [*split, "--resume", "auto"]},
+        {"args": offline, "unplug": [1, 5], "exit": 2},
+        {"args": [*offline, "--resume", "auto"]},
         {"args": diverged, "poison": [1, 2, 49], "exit": 2},
         {"args": full, "full": [1, 4, 350_000], "exit": 2},
         {"args": [*full, "--resume", "auto"]},
@@ -47,7 +53,7 @@ def folder(tmp_path_factory) -> Folder:
         begun = [folder.path / f"{m}{n}/checkpoints/step-00000003" for m in ("one", "two")]
         alone.append({"args": args(f"one{n}", ds=one, save_every=3, **slowly)})
         alone.append(
-            {"args": args(f"skipped{n}", ds=one, save_every=1, keep=0), "poison": [0, 2, 2]}
+            {"args": args(f"skipped{n}", ds=one, save_every=1, keep=0, **EMA), "poison": [0, 2, 2]}
         )
         pair.append({"args": args(f"two{n}", ds=two, save_every=3, **slowly)})
         pair.append({"args": args(f"grown{n}", ds=two, resume=begun[0], **slowly)})
@@ -108,9 +114,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing(folder, n):
     files = sorted(path.name for path in before.glob("*.pt"))
     with without_pickle():
         a, b = (tensors([torch.load(path / name) for name in files]) for path in (before, after))
-    # the weights, both moments and step counts, one by one or flattened by ZeRO
+    # the weights, both moments, average and step counts, one by one or flattened by ZeRO
     assert len(files) == (1 if n == 0 else 2) and len(a) == len(b)
-    assert sum(x.numel() for x in a) > 3 * sum(x.numel() for x in folder.unet("one0").values())
+    assert sum(x.numel() for x in a) > 4 * sum(x.numel() for x in folder.unet("one0").values())
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     name = "ratios.safetensors"
     assert (before / name).read_bytes() == (after / name).read_bytes()
@@ -129,6 +135,9 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(folder, name):
     assert len(expected) == STEPS - 1
     assert (finite_losses(folder, name) - expected).abs().max() < 1e-6
     assert folder.distance(name, "skipped0") < 5e-4
+    found, average = (weights(folder, run, "unet_ema") for run in (name, "skipped0"))
+    start = load_file(folder.model / "unet/diffusion_pytorch_model.safetensors")
+    assert distance(found, average, start) < 5e-4
 
 
 @pytest.mark.parametrize("n", STAGES)
@@ -155,6 +164,16 @@ def test_a_signal_is_heard_between_micro_batches(folder):
     assert kept(folder, "interrupted") == [2, STEPS]
     assert torch.equal(folder.losses("interrupted"), folder.losses("whole"))
     assert folder.distance("interrupted", "whole") == 0
+
+
+def test_data_that_cannot_be_read_any_more_on_one_rank_saves_the_state_of_all(folder):
+    # it failed at the third step's second micro-batch
+    lines = [line for line in log(folder, "pair").splitlines() if "to fetch a shard" in line]
+    assert len(lines) == 1 and lines[0].startswith("dde_fast: error: pairs: expected to fetch")
+    assert "stopped and saved" in lines[0] and lines[0].endswith("--resume latest")
+    assert kept(folder, "offline") == [2, STEPS]
+    assert torch.equal(folder.losses("offline"), folder.losses("whole"))
+    assert folder.distance("offline", "whole") == 0
 
 
 def test_a_full_disk_ends_the_run_with_earlier_checkpoints_whole(folder):
