@@ -13,6 +13,9 @@ from torch import Tensor
 from dde_fast.manifest import COLUMNS, DTYPES, EMPTY_CAPTION, MANIFEST, PAIRS, SETTINGS, Manifest
 from dde_fast.shards import Shard, Shards, StreamedShards, check_content
 
+TENSORS = {"images": {"mean", "std", "sizes"}, "prompts": {"embeddings"}}
+"""What every shard of a kind holds; `pooled` as well for SDXL."""
+
 
 def is_cache(location: str | Path) -> bool:
     """Whether a folder or an fsspec URL holds a finished cache.
@@ -110,6 +113,18 @@ class Cache:
         """Take the table of pairs into memory; it is small and everything hangs on it."""
         table = self.shards[PAIRS]
         check_content(table, self.shards.folder / PAIRS)
+        counts, first = self.manifest.counts, table.tensors.get(COLUMNS[0])
+        limits = {"winners": counts["images"], "losers": counts["images"]}
+        limits["prompts"] = counts["prompts"]
+        for name in COLUMNS:
+            column, last = table.tensors.get(name), limits.get(name, 2**63) - 1
+            whole = column is not None and column.dtype == torch.int64 and column.dim() == 1
+            whole = whole and 0 < len(column) == len(first)
+            if not whole or column.min() < 0 or column.max() > last:
+                raise ValueError(
+                    f"cache: expected numbers from 0 to {last}, one per pair, for the {name} in "
+                    f"{str(self.shards.folder / PAIRS)!r}, got others; prepare again"
+                )
         columns = (table.tensors[name].clone() for name in COLUMNS)
         self.pair_ids, self.winners, self.losers, self.prompts = columns
         if len(self) != self.manifest.counts["pairs"]:
@@ -204,4 +219,11 @@ class Cache:
         return rows
 
     def _shard(self, kind: str, number: int) -> Shard:
-        return self.shards[f"{kind}-{int(number) // self.shard_size:05d}.safetensors"]
+        name = f"{kind}-{int(number) // self.shard_size:05d}.safetensors"
+        shard = self.shards[name]
+        if missing := TENSORS[kind] - shard.tensors.keys():
+            raise ValueError(
+                f"cache: expected {sorted(TENSORS[kind])} in {name} of {self.location!r}, got none "
+                f"of {sorted(missing)}; delete it and prepare again"
+            )
+        return shard

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ from typing import Any
 
 import safetensors.torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from dde_fast.checkpoint_files import (
     RESHARDED,
@@ -136,7 +134,7 @@ def is_complete(path: Path) -> bool:
     very content."""
     try:
         listed = json.loads((path / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return _contents(path) == listed
 
@@ -205,10 +203,14 @@ def load(engine, loss_fn, checkpoint: Checkpoint, directory: Path) -> None:
     failures = Failures()
     try:
         with without_pickle():
-            engine.load_checkpoint(str(source.parent), tag=source.name, load_module_strict=whole)
+            found, _ = engine.load_checkpoint(
+                str(source.parent), tag=source.name, load_module_strict=whole
+            )
+        if found is None:
+            raise ValueError("none that DeepSpeed can load")
         loss_fn.load_state_dict(safetensors.torch.load_file(path / "ratios.safetensors"))
-    except (pickle.UnpicklingError, SafetensorError, OSError, RuntimeError, KeyError) as error:
-        failures.first = error
+    except Exception as error:  # whatever the libraries raise where something else was saved
+        failures.first = ValueError(f"{type(error).__name__}: {error}")
     if errors := failures.of_all_ranks():
         raise ValueError(f"resume: expected a checkpoint in {str(path)!r}, got {errors[0]}")
     if universal and dist.get_rank() == 0:
@@ -224,8 +226,14 @@ def universal(checkpoint: Checkpoint | None, *, stage: int, world_size: int) -> 
 
 def _read_state(path: Path) -> Checkpoint:
     try:
-        return Checkpoint(path=path, **json.loads((path / "state.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = Checkpoint(path=path, **json.loads((path / "state.json").read_text("utf-8")))
+        numbers = (found.step, found.position, found.world_size, found.skipped)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"steps, position, ranks and skipped steps {numbers}")
+        if not isinstance(found.identity, dict):
+            raise ValueError(f"identity {found.identity!r:.80}")
+        return found
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f"resume: expected a checkpoint of this trainer in {str(path)!r}, got {error}"
         ) from None

@@ -149,7 +149,9 @@ def load_pipeline(base: str, model: str, device: torch.device) -> DiffusionPipel
     parts: dict[str, Any] = {}
     if not (folder / "model_index.json").is_file():
         if not (given / LORA).is_file():
-            parts["unet"] = UNet2DConditionModel.from_pretrained(given, torch_dtype=torch.float32)
+            parts["unet"] = UNet2DConditionModel.from_pretrained(
+                given, torch_dtype=torch.float32, use_safetensors=True
+            )
         folder = model_folder(base, unet_allowed=False)
     pipeline = ddim_pipeline(str(folder), **parts)
     if (given / LORA).is_file():

@@ -106,7 +106,7 @@ class Manifest:
             manifest = cls(**record)
             sound = manifest._is_sound()
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError,
-                ZeroDivisionError) as error:  # fmt: skip
+                RecursionError, ZeroDivisionError) as error:  # fmt: skip
             raise ValueError(
                 f"cache: expected a manifest in {where!r}, got a damaged one "
                 f"({type(error).__name__}: {error}); prepare again"

@@ -12,10 +12,11 @@ reference is the same UNet in the compute dtype.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ class Source:
         with warnings.catch_warnings():
             # its new name, `dtype`, is unknown to the oldest diffusers that this package supports
             warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-            return self._load_file(kind, options) if self.file else self._load_parts(kind, options)
+            with _expecting(f"a whole {kind.__name__}", self.file or self.configs):
+                if self.file:
+                    return self._load_file(kind, options)
+                return self._load_parts(kind, options)
 
     def _load_file(self, kind: type, options: dict[str, Any]) -> Any:
         try:
@@ -104,12 +108,26 @@ class Source:
         failures = []
         for variant in _VARIANTS:
             try:
-                return kind.from_pretrained(
+                part = kind.from_pretrained(
                     self.configs, variant=variant, use_safetensors=True, **options
                 )
+                # a weight that the files lack was left on the meta device
+                return part.to("cpu") if isinstance(part, torch.nn.Module) else part
             except (OSError, ValueError) as error:
                 failures.append(error)
         raise failures[0]
+
+
+@contextlib.contextmanager
+def _expecting(what: str, where: str) -> Iterator[None]:
+    """What the libraries raise on broken files, as an error that names the argument."""
+    try:
+        yield
+    except Exception as error:  # a missing key, a wrong type, a header that is none, …
+        if isinstance(error, ImportError) or str(error).startswith("model: "):
+            raise
+        got = f"{where!r} ({type(error).__name__}: {error})"
+        raise ValueError(f"model: expected {what}, got {got}") from None
 
 
 def locate(model: str | Path) -> Source:
@@ -129,17 +147,20 @@ def locate(model: str | Path) -> Source:
     file, configs = (file + suffix, configs.removeprefix("+")) if single else (None, model)
     if single and not Path(file).is_file():
         raise ValueError(f"model: expected a .safetensors file, got {file!r}")
+    if not model:
+        raise ValueError(f"{expected}, got ''")
     try:
         configs = configs or _published(file)
         if Path(configs).is_dir():
             index = json.loads((Path(configs) / "model_index.json").read_text(encoding="utf-8"))
         else:
             index = DiffusionPipeline.load_config(configs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         hint = "; without a network name one that fits: FILE.safetensors+DIRECTORY" if file else ""
         raise ValueError(f"{expected}, got {configs!r}{hint} ({error})") from None
-    if index.get("_class_name") not in FAMILIES:
-        raise ValueError(f"{expected}, got a {index.get('_class_name')} in {configs!r}")
+    kind = str(index.get("_class_name") if isinstance(index, dict) else type(index).__name__)
+    if kind not in FAMILIES:
+        raise ValueError(f"{expected}, got a {kind} in {configs!r}")
     return Source(configs, file, index["_class_name"])
 
 
@@ -151,7 +172,9 @@ def _published(file: str) -> str:
 
 def load_scheduler(model: str) -> DDPMScheduler:
     """The model's noise schedule, whichever sampler it ships."""
-    return DDPMScheduler.from_pretrained(locate(model).configs, subfolder="scheduler")
+    configs = locate(model).configs
+    with _expecting("a scheduler that DDPMScheduler can be made from", configs):
+        return DDPMScheduler.from_pretrained(configs, subfolder="scheduler")
 
 
 def load_unet(model: str, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
@@ -161,7 +184,13 @@ def load_unet(model: str, dtype: torch.dtype = torch.float32) -> UNet2DCondition
 
 def load_unet_config(model: str) -> dict[str, Any]:
     """The configuration of the model's UNet; its weights are not read."""
-    return UNet2DConditionModel.load_config(locate(model).configs, subfolder="unet")
+    configs = locate(model).configs
+    with _expecting("the configuration of a UNet2DConditionModel", configs):
+        found = UNet2DConditionModel.load_config(configs, subfolder="unet")
+        needed = ("sample_size", "in_channels", "cross_attention_dim")
+        if missing := [key for key in needed if key not in found]:
+            raise KeyError(f"none of {missing}")
+        return found
 
 
 def load_reference(model: str, dtype: torch.dtype, device: torch.device) -> UNet2DConditionModel:

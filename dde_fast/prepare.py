@@ -286,7 +286,7 @@ class Preparation:
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in self.settings if theirs.get(key) != self.settings[key]]
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"output: expected JSON in {str(path)!r}, got a damaged file ({error})"
             ) from None

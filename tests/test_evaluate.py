@@ -70,6 +70,14 @@ def test_a_unet_directory_replaces_the_bases_unet(tmp_path, changed_unet):
     assert entry["mean"] - base == pytest.approx(entry["difference"], abs=1e-3)
 
 
+def test_pickled_weights_are_refused(tmp_path, changed_unet):
+    unet = UNet2DConditionModel.from_pretrained(changed_unet)
+    unet.save_pretrained(tmp_path / "unet", safe_serialization=False)
+    assert list((tmp_path / "unet").glob("*.bin"))
+    with pytest.raises(OSError, match="safetensors"):
+        evaluate.load_pipeline("embedded", str(tmp_path / "unet"), CPU)
+
+
 def test_images_depend_on_seed_and_index_not_on_the_batch(pipeline):
     prompts = ["face", "crying face", "pouting face", "face", "winking face"]
 
