@@ -57,6 +57,8 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         ValueError, OSError: one of them is missing, broken, or not what the others need.
     """
     load_optimizer(c, e)  # whether there is one
+    if c.lora_rank:
+        lora.require_peft()
     start = place_of_run(c)
 
     # The pairs

@@ -15,18 +15,24 @@ def targets_of(c: TrainConfig) -> list[str]:
     return [name for name in (part.strip() for part in c.lora_targets.split(",")) if name]
 
 
-def add_adapters(unet: torch.nn.Module, c: TrainConfig) -> None:
-    """Freeze the UNet and put adapters on its target layers: ΔW = alpha / rank · B A, with B = 0.
-
-    Raises:
-        ValueError: peft is not installed, or a target names no layer that can have an adapter.
-    """
+def require_peft() -> None:
+    """Raise a ValueError if peft is missing, before anything is loaded for it."""
     try:
-        from peft import LoraConfig
+        import peft  # noqa: F401  (to see whether it is there)
     except ImportError as error:
         raise ValueError(
             f"lora_rank: expected peft to be installed (pip install peft), got {error}"
         ) from None
+
+
+def add_adapters(unet: torch.nn.Module, c: TrainConfig) -> None:
+    """Freeze the UNet and put adapters on its target layers: ΔW = alpha / rank · B A, with B = 0.
+
+    Raises:
+        ValueError: a target names no layer that can have an adapter.
+    """
+    from peft import LoraConfig
+
     layers = [f".{name}" for name, _ in unet.named_modules()]
     for target in targets_of(c):
         if not any(layer.endswith(f".{target}") for layer in layers):

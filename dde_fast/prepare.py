@@ -274,6 +274,9 @@ class Preparation:
             others = self.folder.is_dir() and any(
                 not file.name.endswith(PARTIAL) for file in self.folder.iterdir()
             )
+            # another process may have begun the cache since: then its settings are there by now
+            if others and path.is_file():
+                return self._check_folder()
             if others or (self.folder.exists() and not self.folder.is_dir()):
                 raise ValueError(
                     "output: expected a new or empty directory, or a cache to continue, got "

@@ -11,7 +11,6 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from dde_fast import embedded, evaluate
-from dde_fast.evaluate import Evaluation
 
 CPU = torch.device("cpu")
 QUICK = ["--samples", "6", "--steps", "3", "--device", "cpu"]
@@ -147,12 +146,11 @@ def test_bootstrap_interval_is_seeded_and_agrees_with_the_normal_one():
 def test_prompts_of_a_file_go_round(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("crying face\n\n  nerd face \n", encoding="utf-8")
-    config = Evaluation(prompts=str(path), samples=5, rewards=["distinct"])
-    assert evaluate.read_prompts(config) == ["crying face", "nerd face"] * 2 + ["crying face"]
+    assert evaluate.read_prompts(str(path), 5) == ["crying face", "nerd face"] * 2 + ["crying face"]
 
 
 def test_style_is_sampled_on_held_out_names_only():
-    asked = evaluate.read_prompts(Evaluation(prompts="style", samples=62))
+    asked = evaluate.read_prompts("style", 62)
     assert set(asked) == set(embedded.style_names("test"))
     assert all(asked.count(name) == 2 for name in asked)
 

@@ -64,7 +64,7 @@ def test_adapters_begin_equal_in_every_process_and_leave_the_random_state_alone(
 @pytest.mark.parametrize("name", ["lora0", "lora1", "lora2", "lora3", "lora_checkpointing"])
 def test_every_zero_stage_is_the_plain_loop(variants, name):
     plain = variants.losses("plain_lora")
-    assert (plain[1:] - plain[0]).abs().min() > 5e-4  # beta 100 raises rounding as well
+    assert (plain[1:] - plain[0]).abs().max() > 0.05  # beta 100 raises rounding as well
     assert (variants.losses(name) - plain).abs().max() < 5e-5
     for kind in ("lora", "lora_ema"):
         expected = weights(variants, "plain_lora", kind)

@@ -241,6 +241,19 @@ def test_other_pairs_models_and_folders_are_refused(encoders, pairs, whole, tmp_
         caches.preparation(encoders, pairs, mixed).run()
 
 
+def test_a_cache_begun_by_another_process_meanwhile_is_joined(encoders, pairs, whole, monkeypatch):
+    is_file, asked = Path.is_file, []
+
+    def late(path, **options):  # the settings appear after the first look
+        if path.name == "settings.json" and not asked:
+            return asked.append(path)
+        return is_file(path, **options)
+
+    monkeypatch.setattr(Path, "is_file", late)
+    assert caches.preparation(encoders, pairs, whole).manifest() is not None
+    assert asked
+
+
 def test_verify_finds_a_flipped_bit_and_preparing_mends_it(
     encoders, pairs, whole, tmp_path, capfd, encoded
 ):
