@@ -170,7 +170,8 @@ def test_an_error_of_the_thread_is_raised_where_the_batch_is_asked_for(cache, mo
     def broken(*args):
         raise ValueError("cache: expected a whole shard")
 
-    batches = load(cache, PairStream(cache.pair_ids, seed=5), [(0, 2)] * 4)
+    many = [(0, 2)] * 100  # more than are read ahead before the fault
+    batches = load(cache, PairStream(cache.pair_ids, seed=5), many)
     next(batches)
     monkeypatch.setattr(Cache, "gather", broken)
     with pytest.raises(ValueError, match="expected a whole shard"):
