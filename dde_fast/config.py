@@ -79,9 +79,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Of the optimizer."""
     adam_beta1: float = 0.9
-    """Of AdamW: decay of the first moment."""
+    """Of AdamW and Lion: decay of the first moment."""
     adam_beta2: float = 0.999
-    """Of AdamW: decay of the second moment."""
+    """Of AdamW and Lion: decay of the second moment."""
     adam_eps: float = 1e-8
     """Of AdamW: added to the denominator."""
     ema_decay: float = 0.0
@@ -255,12 +255,13 @@ def check(config: TrainConfig) -> None:
         ("ema_decay", 0 <= c.ema_decay < 1, "0 (none) or more, below 1"),
         ("lora_rank", c.lora_rank >= 0, "0 (the whole UNet) or more"),
         ("lora_alpha", 0 <= c.lora_alpha < math.inf, "0 (the rank) or more"),
+        ("lora_alpha", c.lora_rank or not c.lora_alpha, "0 where lora_rank is 0: no adapters"),
         ("lora_targets", c.lora_targets.strip(" ,"), "names of layers"),
         ("seed", 0 <= c.seed < 2**63, "0 or more, below 2**63"),
         ("caption_dropout", 0 <= c.caption_dropout <= 1, "a probability"),
         ("timestep_low", c.timestep_low >= 0, "0 or more"),
         ("shuffle_block", c.shuffle_block >= 0, "0 (the whole set) or a number of pairs"),
-        ("cache_gib", c.cache_gib > 0, "above 0"),
+        ("cache_gib", 0 < c.cache_gib < math.inf, "a number above 0"),
         ("log_every", c.log_every >= 1, "at least 1"),
         ("save_every", c.save_every >= 0, "0 (only at the end) or more"),
         ("validation_limit", c.validation_limit >= 0, "0 (all) or a number of pairs"),
@@ -269,7 +270,7 @@ def check(config: TrainConfig) -> None:
         ("grid_every", c.grid_every >= 0, "0 (none) or more"),
         ("grid_images", 1 <= c.grid_images <= 16, "1 to 16"),
         ("grid_steps", 1 <= c.grid_steps <= 1000, "1 to 1000"),
-        ("grid_guidance", c.grid_guidance >= 1, "at least 1"),
+        ("grid_guidance", 1 <= c.grid_guidance < math.inf, "at least 1"),
         ("peak_tflops", c.peak_tflops >= 0, "0 (of the known GPUs) or more"),
         ("keep", c.keep >= 0, "0 (all) or a number of checkpoints"),
         ("max_skipped", c.max_skipped >= 1, "at least 1"),
