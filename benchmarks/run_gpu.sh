@@ -3,8 +3,8 @@
 #
 #     benchmarks/run_gpu.sh OUT
 #
-# Uses the python3 on PATH with the torch it holds (nothing is downloaded). OUT gets tests.log,
-# tests.xml, benchmarks.log, benchmarks.json and about.txt. Exit status: 0 if all of it passed.
+# Uses the python3 on PATH with the torch it holds (nothing is downloaded). OUT gets tests/ (a log and
+# an XML per file), benchmarks.log, benchmarks.json and about.txt. Exit status: 0 if all of it passed.
 set -uo pipefail
 out=$(mkdir -p "${1:?where to write the results}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
@@ -19,6 +19,10 @@ cat "$out/about.txt"
 python3 -m pytest benchmarks/ --benchmark-only --benchmark-json="$out/benchmarks.json" \
     --benchmark-columns=median,iqr,rounds -q 2>&1 | tee "$out/benchmarks.log" | tail -n 5
 status=$((status | PIPESTATUS[0]))
-python3 -m pytest --junitxml="$out/tests.xml" --durations=15 -q 2>&1 | tee "$out/tests.log" | tail -n 40
-status=$((status | PIPESTATUS[0]))
+# then the tests, a file per process: most of them wait for processes and compilers of their own
+mkdir -p "$out/tests"
+ls tests/test_*.py | OMP_NUM_THREADS=2 xargs -P 6 -I{} sh -c \
+    'python3 -m pytest --junitxml="$1/$(basename "$2" .py).xml" --durations=3 -q "$2" \
+     >"$1/$(basename "$2" .py).log" 2>&1' _ "$out/tests" {} || status=1
+grep -hE "^(FAILED|ERROR)|(passed|failed|error).* in " "$out"/tests/*.log
 exit $status
