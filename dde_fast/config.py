@@ -79,9 +79,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Of the optimizer."""
     adam_beta1: float = 0.9
-    """Of AdamW: decay of the first moment."""
+    """Of AdamW and Lion: decay of the first moment."""
     adam_beta2: float = 0.999
-    """Of AdamW: decay of the second moment."""
+    """Of AdamW and Lion: decay of the second moment."""
     adam_eps: float = 1e-8
     """Of AdamW: added to the denominator."""
     ema_decay: float = 0.0
@@ -255,6 +255,7 @@ def check(config: TrainConfig) -> None:
         ("ema_decay", 0 <= c.ema_decay < 1, "0 (none) or more, below 1"),
         ("lora_rank", c.lora_rank >= 0, "0 (the whole UNet) or more"),
         ("lora_alpha", 0 <= c.lora_alpha < math.inf, "0 (the rank) or more"),
+        ("lora_alpha", c.lora_rank or not c.lora_alpha, "0 where lora_rank is 0: no adapters"),
         ("lora_targets", c.lora_targets.strip(" ,"), "names of layers"),
         ("seed", 0 <= c.seed < 2**63, "0 or more, below 2**63"),
         ("caption_dropout", 0 <= c.caption_dropout <= 1, "a probability"),

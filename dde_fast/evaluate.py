@@ -23,7 +23,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
@@ -133,9 +132,12 @@ def model_folder(model: str, *, unet_allowed: bool) -> Path:
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         if kind == "UNet2DConditionModel":
             return folder
-    also = ", UNet2DConditionModel or LoRA" if unet_allowed else ""
+    argument, also = "base", ""
+    if unet_allowed:
+        argument, also = "aligned", ", UNet2DConditionModel or LoRA"
     raise ValueError(
-        f'model: expected "embedded" or the directory of a diffusers pipeline{also}, got {model!r}'
+        f'{argument}: expected "embedded" or the directory of a diffusers pipeline{also}, got '
+        f"{model!r}"
     )
 
 
@@ -379,14 +381,12 @@ def evaluate(config: Evaluation) -> dict[str, Any]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """`python -m dde_fast.evaluate`: wrong input gives one line and exit code 2."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
+    models.quiet_libraries()
     try:
         config = parse(args)
         result = evaluate(config)
     except (ValueError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dde_fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     print(format_table(result["results"]))
     print(f"{config.output / 'evaluation.json'}\n{config.output / 'grid.png'}")

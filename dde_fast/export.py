@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dde_fast
-from dde_fast import ema, embedded, lora
+from dde_fast import ema, lora
 from dde_fast.config import TrainConfig
+from dde_fast.models import Source
 
 KOHYA = "kohya.safetensors"
 
@@ -54,19 +55,25 @@ Trained on preference pairs with the objective `{objective}` by dde_fast {versio
 
 AVERAGED = " `{folder}` holds the exponential moving average of the same weights."
 
-LOAD_UNET = """from diffusers import DiffusionPipeline, UNet2DConditionModel
+LOAD_UNET = """from diffusers import {kind}, UNet2DConditionModel
 
 unet = UNet2DConditionModel.from_pretrained("{folder}")
-pipeline = DiffusionPipeline.from_pretrained("{model}", unet=unet)"""
+pipeline = {kind}.{call}, unet=unet)"""
 
-LOAD_LORA = """from diffusers import DiffusionPipeline
+LOAD_LORA = """from diffusers import {kind}
 
-pipeline = DiffusionPipeline.from_pretrained("{model}")
+pipeline = {kind}.{call})
 pipeline.load_lora_weights("{folder}", weight_name="pytorch_lora_weights.safetensors")"""
 
 
-def save_results(engine, c: TrainConfig, identity: dict[str, Any]) -> list[Path]:
+def save_results(engine, c: TrainConfig, source: Source, identity: dict[str, Any]) -> list[Path]:
     """Write everything above into the run's output directory; all ranks must call.
+
+    Args:
+        engine: DeepSpeed's, around the policy.
+        c: of the run.
+        source: where the base model is.
+        identity: what was trained on what, as in `inputs.Inputs`.
 
     Returns:
         the folders of weights.
@@ -79,7 +86,7 @@ def save_results(engine, c: TrainConfig, identity: dict[str, Any]) -> list[Path]
         with ema.averaged(engine):
             save(engine, folders[1])
     if dist.get_rank() == 0:
-        write_card(c, identity, folders)
+        write_card(c, source, identity, folders)
     return folders
 
 
@@ -149,10 +156,15 @@ def _replacing(directory: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) -> None:
+def write_card(
+    c: TrainConfig, source: Source, identity: dict[str, Any], folders: list[Path]
+) -> None:
     """Write the run's model card: what was trained, on what, how, and how to load it."""
     output, load = Path(c.output), LOAD_LORA if c.lora_rank else LOAD_UNET
-    model = str(embedded.model_path()) if c.model == "embedded" else c.model
+    kind, call = "DiffusionPipeline", f'from_pretrained("{source.configs}"'
+    if source.file:
+        kind = source.pipeline
+        call = f'from_single_file("{source.file}", config="{source.configs}"'
     last = json.loads((output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     held_out = {f"validation {name}": value for name, value in last.pop("validation", {}).items()}
     metrics = {k: v for k, v in (last | held_out).items() if isinstance(v, float | int)}
@@ -160,7 +172,7 @@ def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) ->
     for place in (Path(c.pairs), output / "cache"):
         if (place / "manifest.json").is_file():
             blocks["Data"] = (place / "manifest.json").read_text(encoding="utf-8")
-    hub_name = None if Path(model).exists() else model
+    hub_name = None if source.file or Path(source.configs).exists() else source.configs
     tags = ["text-to-image", "stable-diffusion", "preference-alignment", c.objective]
     data = ModelCardData(
         library_name="diffusers", base_model=hub_name, tags=tags + ["lora"] * bool(c.lora_rank)
@@ -175,7 +187,7 @@ def write_card(c: TrainConfig, identity: dict[str, Any], folders: list[Path]) ->
         pairs=c.pairs,
         content=identity["pairs"],
         averaged=AVERAGED.format(folder=folders[1].name) if c.ema_decay else "",
-        load=load.format(model=model, folder=folders[0].as_posix()),
+        load=load.format(kind=kind, call=call, folder=folders[0].as_posix()),
         metrics="\n".join(f"| {name} | {value:.6g} |" for name, value in metrics.items()),
         blocks="\n".join(f"## {t}\n\n```json\n{b.strip()}\n```\n" for t, b in blocks.items()),
     )

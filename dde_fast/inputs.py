@@ -23,9 +23,10 @@ from dde_fast.prepare import Preparation, PrepareConfig
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs validation_split "
-    "validation_limit validation_draws validation_every grid_every grid_prompts grid_images grid_steps "
-    "grid_guidance wandb_project peak_tflops keep max_skipped max_winner_error".split()
+    "backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs "
+    "validation_split validation_limit validation_draws validation_every grid_every grid_prompts "
+    "grid_images grid_steps grid_guidance wandb_project peak_tflops keep max_skipped "
+    "max_winner_error".split()
 )
 """What may differ between a run and its continuation. Model and pairs are compared by content."""
 
@@ -35,6 +36,8 @@ class Inputs:
     """Everything the user named, read and checked before anything is started."""
 
     model: str
+    source: models.Source
+    """Where the model is."""
     pairs: Cache | Preparation
     held_out: Cache | Preparation | None
     """Pairs for validation."""
@@ -79,6 +82,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         grid_prompts = read_prompts(prompts, c.grid_images, "grid_prompts")
 
     # The loss and the policy
+    source = models.locate(c.model)
     scheduler = models.load_scheduler(c.model)
     loss_fn = PreferenceLoss.from_scheduler(
         scheduler,
@@ -108,6 +112,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     alphas_cumprod = schedule.alphas_cumprod_of(scheduler)
     return Inputs(
         model=c.model,
+        source=source,
         pairs=pairs,
         held_out=held_out,
         grid_prompts=grid_prompts,

@@ -23,9 +23,18 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from torch import Tensor
+
+
+def quiet_libraries() -> None:
+    """Let the libraries report errors alone: not image processors that nobody needs, casts that
+    change nothing, or a bar for every part that is read."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 @dataclass(frozen=True)
@@ -246,10 +255,6 @@ class Encoders:
     def scale(self) -> int:
         """Pixels per latent element, along each side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def latent_shape(self, unet_config: Any) -> tuple[int, int, int]:
-        """(C, h, w) of the latents that a UNet of this configuration was made for."""
-        return latent_shape(unet_config)
 
     @torch.no_grad()
     def posterior(

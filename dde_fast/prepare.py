@@ -30,9 +30,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -362,8 +360,7 @@ def verify(folder: str) -> Manifest:
 def main(args: Sequence[str] | None = None) -> None:
     """Prepare as a command line says. What is wrong with it ends in one line and exit code 2."""
     launch_environment()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    models.quiet_libraries()
     with one_line_errors():
         c = parse_command_line(PrepareConfig, args)
         check(c)

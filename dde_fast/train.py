@@ -24,10 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.distributed as dist
-import transformers
 
 from dde_fast import checkpoint, config, export, flops, lora, models
 from dde_fast.attention import use_attention
@@ -58,10 +56,7 @@ from dde_fast.validation import Validation
 def main(args: Sequence[str] | None = None) -> None:
     """Train as a command line says. What is wrong with it ends in one line and exit code 2."""
     launch_environment()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # else it reports image processors we lack
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()  # else it reports casts that change nothing
+    models.quiet_libraries()
     with one_line_errors():
         settings = config.parse(args)
         engine_config = read_engine_config(settings, int(os.environ["WORLD_SIZE"]))
@@ -144,7 +139,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
                 raise OSError(f"{errors[0]}; stopped {what}")
         say(f"stopped by a signal {what}")
     else:
-        folders = export.save_results(forward.engine, c, inputs.identity)
+        folders = export.save_results(forward.engine, c, inputs.source, inputs.identity)
         say(f"trained: {', '.join(map(str, folders))}")
     dist.barrier()
 

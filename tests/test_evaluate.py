@@ -170,10 +170,13 @@ def test_style_is_sampled_on_held_out_names_only():
         (["--samples", "many"], "samples"),
         (["--samples", "1"], "samples: expected at least 2, got 1"),
         (["--guidance", "0.5"], "guidance: expected at least 1, got 0.5"),
-        (["--base", "nowhere"], "got 'nowhere'"),
+        (
+            ["--base", "nowhere"],
+            'base: expected "embedded" or the directory of a diffusers pipeline, got',
+        ),
         (["--aligned", "runs/dde"], "aligned: expected NAME=PATH, got 'runs/dde'"),
         (["--aligned", "base=embedded"], "none of them base"),
-        (["--aligned", "dde=nowhere"], "pipeline, UNet2DConditionModel or LoRA, got 'nowhere'"),
+        (["--aligned", "dde=nowhere"], 'aligned: expected "embedded" or the directory'),
         (["--rewards", "beauty"], "rewards: expected some of human_score"),
         (
             ["--prompts", "nowhere.txt", "--rewards", "distinct"],
@@ -187,7 +190,8 @@ def test_wrong_input_gives_one_line_and_exit_2(args, message, capsys, tmp_path):
         evaluate.main([*args, "--output", str(tmp_path / "out")])
     captured = capsys.readouterr()
     assert stop.value.code == 2
-    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.err.startswith("dde_fast: error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
     assert captured.out == "" and not (tmp_path / "out").exists()
 
 

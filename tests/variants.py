@@ -44,6 +44,7 @@ def run_alone(path: Path) -> Folder:
     jobs = [
         {"args": folder.args("plain_ema", **EMA), "plain": True},
         {"args": folder.args("plain_lora", **LORA), "plain": True},
+        {"args": folder.args("plain_lora_gentle", **LORA | {"beta": 1.0}), "plain": True},
         {
             "args": [
                 *folder.args("lora_checkpointing", ds=stage(1), **LORA),
