@@ -125,6 +125,14 @@ def _part(shard: str) -> tuple[int, int] | None:
     return part if part[0] < part[1] else None
 
 
+def _age(path: Path) -> float:
+    """Seconds since a file was last written; 0 for one that its writer finished meanwhile."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 class Preparation:
     """A cache in the making, or one that is made already.
 
@@ -301,7 +309,7 @@ class Preparation:
         own = tuple(f"{unit.name}." for unit in units)
         common = tuple(f"{n}." for n in (SETTINGS, PAIRS, REJECTED, MANIFEST))
         for path in self.folder.glob(f"*{PARTIAL}"):
-            old = path.name.startswith(common) and time.time() - path.stat().st_mtime > ABANDONED
+            old = path.name.startswith(common) and _age(path) > ABANDONED
             if old or path.name.startswith(own):
                 path.unlink(missing_ok=True)
 

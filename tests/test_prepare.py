@@ -254,6 +254,26 @@ def test_a_cache_begun_by_another_process_meanwhile_is_joined(encoders, pairs, w
     assert asked
 
 
+def test_a_file_that_another_process_finishes_meanwhile_is_left_alone(
+    encoders, pairs, tmp_path, monkeypatch
+):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    partial, glob = folder / "settings.json.0123.partial", Path.glob
+    partial.touch()
+
+    def renamed(path, pattern):
+        found = list(glob(path, pattern))
+        partial.rename(folder / "settings.json.done") if partial in found else None
+        return found
+
+    preparation = caches.preparation(encoders, pairs, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", renamed)
+        preparation._sweep(preparation.units)
+    assert (folder / "settings.json.done").exists()
+
+
 def test_verify_finds_a_flipped_bit_and_preparing_mends_it(
     encoders, pairs, whole, tmp_path, capfd, encoded
 ):
