@@ -1,6 +1,7 @@
 """Where the tests run: on the GPU when there is one, else on the CPU with Triton's interpreter."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,3 +71,60 @@ def variants_of_two(variants):
     from variants import run_pair
 
     return run_pair(variants)
+
+
+# For the tests of preparing a cache; what they need is imported where it is used.
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The models are so small that threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    import tiny
+
+    return tiny.make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def encoders(model):
+    from dde_fast.models import Encoders
+
+    return Encoders.load(str(model), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    import tiny
+
+    return tiny.write_pairs(tmp_path_factory.mktemp("pairs") / "train.parquet", tiny.rows())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, encoders, pairs) -> Path:
+    """A finished cache of these pairs."""
+    import caches
+
+    return caches.prepare(encoders, pairs, tmp_path_factory.mktemp("whole") / "cache")
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[str]:
+    """Names of the shards encoded from here on."""
+    from dde_fast import prepare
+
+    names: list[str] = []
+    encode = prepare.Preparation._encode
+
+    def noting(self, unit, *args):
+        names.append(unit.name)
+        return encode(self, unit, *args)
+
+    monkeypatch.setattr(prepare.Preparation, "_encode", noting)
+    return names

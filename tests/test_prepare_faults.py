@@ -5,59 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import caches
 import pytest
-import tiny
-import torch
 from train_runs import ROOT, environment, free_port
 
-from dde_fast import prepare, shards
-from dde_fast.models import Encoders
+from dde_fast import shards
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are so small that threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def encoders(model) -> Encoders:
-    return Encoders.load(str(model), torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory) -> Path:
-    return tiny.write_pairs(tmp_path_factory.mktemp("pairs") / "train.parquet", tiny.rows())
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, encoders, pairs) -> Path:
-    return caches.prepare(encoders, pairs, tmp_path_factory.mktemp("whole") / "cache")
-
-
-@pytest.fixture
-def encoded(monkeypatch) -> list[str]:
-    """Names of the shards encoded from here on."""
-    names: list[str] = []
-    encode = prepare.Preparation._encode
-
-    def noting(self, unit, *args):
-        names.append(unit.name)
-        return encode(self, unit, *args)
-
-    monkeypatch.setattr(prepare.Preparation, "_encode", noting)
-    return names
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])

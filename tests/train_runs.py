@@ -39,6 +39,18 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
+def wait_for(processes: list[tuple], timeout: float) -> None:
+    """Wait for (process, its open log) to end well, each within so many seconds; leave none alive."""
+    try:
+        for process, log in processes:
+            code = process.wait(timeout=timeout)
+            log.seek(0)
+            assert code == 0, log.read()[-4000:]
+    finally:
+        for process, _ in processes:
+            process.kill()
+
+
 class Folder:
     """The inputs and the runs of these tests."""
 
@@ -83,14 +95,7 @@ class Folder:
                 command, env=environment(**variables), stdout=log, stderr=log, text=True
             )
             processes.append((process, log))
-        try:
-            for process, log in processes:
-                code = process.wait(timeout=400)
-                log.seek(0)
-                assert code == 0, log.read()[-4000:]
-        finally:
-            for process, _ in processes:
-                process.kill()
+        wait_for(processes, timeout=400)
         return (self.path / f"{name}.0.log").read_text()
 
     def losses(self, name: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from train_runs import HALF, ROOT, Folder, commit, environment, stage
+from train_runs import HALF, ROOT, Folder, commit, environment, stage, wait_for
 
 NODES, ADDRESSES = ("dde-node-0", "dde-node-1"), ("10.213.7.1", "10.213.7.2")
 SCRIPT, PORT = str(ROOT / "dde_fast/train.py"), "29512"
@@ -68,14 +68,7 @@ def run(commands: list[list[str]], where: Path) -> None:
         processes.append(
             (subprocess.Popen(command, env=environment(**more), stdout=log, stderr=log), log)
         )
-    try:
-        for process, log in processes:
-            code = process.wait(timeout=600)
-            log.seek(0)
-            assert code == 0, log.read()[-4000:]
-    finally:
-        for process, _ in processes:
-            process.kill()
+    wait_for(processes, timeout=600)
 
 
 def torchrun(rank: int, args: list[str]) -> list[str]:
