@@ -32,6 +32,7 @@ from published_step import Encoded, Encoding, Policy, PublishedStep
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dde_fast import embedded, models, prepare, train
+from dde_fast.compilation import CompileTime
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import Skips, StopSignal, launch_environment, start_process
@@ -81,15 +82,21 @@ class Variant:
     checkpointing: bool = False
     reference: bool = True
     encoders: bool = False
+    stance: str = ""
+    """Of torch.compile, where it has compiled something."""
 
     def ready(self) -> None:
         """The policy may be shared with others that do otherwise."""
         if self.checkpointing != self.unet.is_gradient_checkpointing:
             toggle = "enable" if self.checkpointing else "disable"
             getattr(self.unet, f"{toggle}_gradient_checkpointing")()
+        if self.stance:
+            torch.compiler.set_stance(self.stance)
 
 
-def configure(case: Case, folder: Path, small: bool) -> tuple[TrainConfig, EngineConfig, Path]:
+def configure(
+    case: Case, folder: Path, small: bool, compile: str
+) -> tuple[TrainConfig, EngineConfig, Path]:
     """Model, pairs, prepared cache and reference scores in a folder, and the run's configuration."""
     model, count = "embedded", 64 if small else 256
     if case.unet is None:
@@ -121,6 +128,7 @@ def configure(case: Case, folder: Path, small: bool) -> tuple[TrainConfig, Engin
         beta=BETA,
         steps=10**6,
         gradient_checkpointing=case.checkpointing,
+        compile=compile,
         **same,
     )
     return c, read_engine_config(c, 1), pairs
@@ -169,7 +177,7 @@ def make_variants(
     encoders = models.Encoders.load(c.model, device)
     size = inputs.data.manifest.settings["height"]
     encoding = Encoding(encoders, pairs, size=size, pairs=e.micro_batch, dtype=e.dtype)
-    loaders = [stream() for _ in range(4)] + [stream(inputs.scores)]
+    loaders = [stream() for _ in range(4 + bool(c.compile))] + [stream(inputs.scores)]
     old, new = {"unet": unet, "checkpointing": c.gradient_checkpointing}, {"unet": engine.module}
     new["checkpointing"] = c.gradient_checkpointing
     variants = [
@@ -178,10 +186,16 @@ def make_variants(
         Variant("no gradient checkpointing", partial(published, Encoded(loaders[1])), loaders[1], **old),
         Variant("fused noise and loss", partial(plain_step, loaders[2]), loaders[2], **old),
         Variant("the trainer: fused AdamW", trainer_step(ours, loaders[3]), loaders[3], **new),
-        Variant("reference scores", trainer_step(scored, loaders[4]), loaders[4], **new, reference=False),
+        Variant("reference scores", trainer_step(scored, loaders[-1]), loaders[-1], **new, reference=False),
     ]  # fmt: skip
     if c.gradient_checkpointing:
         variants.pop(2)
+    if c.compile:  # in place: the others must not use it
+        for variant in variants[:-1]:
+            variant.stance = "force_eager"
+        variants[-1].stance, name = "default", f"torch.compile, {c.compile}"
+        step = trainer_step(ours, loaders[4])
+        variants.insert(-1, Variant(name, step, loaders[4], **new, stance="default"))
     return variants
 
 
@@ -203,8 +217,12 @@ class HostReads(TorchDispatchMode):
 
 
 def inspect(variant: Variant, frozen: dict[str, int], counters: set[int]) -> dict:
-    """What a step needs beside time, of two steps that nobody measures."""
+    """What a step needs beside time, of steps that nobody measures."""
     variant.ready()
+    compiling = CompileTime()
+    if variant.stance == "default":
+        variant.step()
+    seconds = compiling.lately()
     with HostReads(counters) as reads:
         variant.step()
     held = variant.reference * frozen["reference"] + variant.encoders * frozen["encoders"]
@@ -214,6 +232,8 @@ def inspect(variant: Variant, frozen: dict[str, int], counters: set[int]) -> dic
         "step_GiB": peak_extra_bytes(variant.step) / 2**30,
         "frozen_GiB": held / 2**30,
     }
+    if seconds:
+        found["compile_seconds"] = seconds
     if torch.cuda.is_available():
         found["launches"] = launches(variant.step)
     return found
@@ -268,13 +288,15 @@ def summary(rows: list[dict], seen: dict, rate: float, pairs: int, flops: dict[s
         row["times_published_in_work"] = first["work_seconds"] / row["work_seconds"]
 
 
-def measure(name: str, case: Case, rounds: int, small: bool, folder: Path) -> dict:
+def measure(
+    name: str, case: Case, rounds: int, small: bool, folder: Path, compile: str = ""
+) -> dict:
     """The result of one case."""
     launch_environment()
     models.quiet_libraries()
     device = start_process()
     torch.manual_seed(0)
-    c, e, pairs = configure(case, folder, small)
+    c, e, pairs = configure(case, folder, small, compile)
     inputs = read_inputs(c, e)
     cache = inputs.data
     pooled = cache.empty.get("pooled")
@@ -301,6 +323,9 @@ def measure(name: str, case: Case, rounds: int, small: bool, folder: Path) -> di
     rate = operations / statistics.median(products)
     flops = {variant.name: count[variant.reference] for variant in variants}
     summary(rows, seen, rate, e.batch, flops)
+    for row in rows:
+        if "compile_seconds" in row:
+            row["name"] += f" ({row['compile_seconds']:.0f} s to compile)"
     for variant in variants[1:]:
         variant.source.close()
     result = {
@@ -336,6 +361,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, help="in which each step is taken once")
     parser.add_argument("--small", action="store_true", help="tiny models, for a test")
+    parser.add_argument("--compile", default="", help="add torch.compile, regional or whole")
     args = parser.parse_args()
     case = CASES[args.case]
     if args.small:
@@ -343,7 +369,8 @@ def main() -> None:
     elif case.unet is not None and Path("/proc/self/oom_score_adj").exists():
         Path("/proc/self/oom_score_adj").write_text("1000")  # the first to end without memory
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args.case, case, args.rounds or case.rounds, args.small, Path(folder))
+        rounds = args.rounds or case.rounds
+        result = measure(args.case, case, rounds, args.small, Path(folder), args.compile)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     for row in result["rows"]:

@@ -19,9 +19,11 @@ cat "$out/about.txt"
 python3 -m pytest benchmarks/ --benchmark-only --benchmark-json="$out/benchmarks.json" \
     --benchmark-columns=median,iqr,rounds -q 2>&1 | tee "$out/benchmarks.log" | tail -n 5
 status=$((status | PIPESTATUS[0]))
-for case in embedded sd15 sdxl; do
-    python3 benchmarks/bench_train_step.py "$case" --output "$out/train-step-$case.json" \
-        >"$out/train-step-$case.log" 2>&1 || { status=1; tail -n 3 "$out/train-step-$case.log"; }
+for case in embedded sd15 sdxl "sd15 --compile regional" "sdxl --compile regional" "sd15 --compile whole"; do
+    name="train-step-${case// --compile /-}"
+    # shellcheck disable=SC2086  # a case with its flags
+    python3 benchmarks/bench_train_step.py $case --output "$out/$name.json" \
+        >"$out/$name.log" 2>&1 || { status=1; tail -n 3 "$out/$name.log"; }
 done
 # then the tests, a file per process: most of them wait for processes and compilers of their own
 mkdir -p "$out/tests"

@@ -127,6 +127,9 @@ class TrainConfig:
     attention: str = "sdpa"
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
     xformers, or eager."""
+    compile: str = ""
+    """Run both UNets through torch.compile: regional (their transformer blocks) or whole, which may
+    take minutes, told after the first step; none by default. At ZeRO stages 0 to 2."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
     shuffle_block: int = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from dde_fast import checkpoint, embedded, lora, models, prepare, schedule
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache, is_cache
+from dde_fast.compilation import check_compile
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.engine import device_of_process, say
@@ -74,6 +75,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         ValueError, OSError: one of them is missing, broken, or not what the others need.
     """
     load_optimizer(c, e)  # whether there is one
+    check_compile(c, e, device_of_process())
     if c.lora_rank:
         lora.require_peft()
     start = place_of_run(c)

@@ -27,7 +27,9 @@ from dde_fast.loss import PreferenceOutput
 BINS = 10
 """Equal parts of the schedule for which every metric of the pairs is logged by itself."""
 
-OF_THE_MACHINE = frozenset({"pairs_per_second", "mfu", "data_wait", "memory_gib"})
+OF_THE_MACHINE = frozenset(
+    {"pairs_per_second", "mfu", "data_wait", "memory_gib", "compile_seconds"}
+)
 """What a record says of the machine; the rest depends on the run's configuration alone."""
 
 
@@ -176,6 +178,7 @@ class RunLog:
     ):
         self.last_step, self.last_time, self.last_waited = start, time.perf_counter(), 0.0
         self.batch = batch
+        self.compile_seconds = 0.0
         self.output, self.pairs_at_peak, self.wandb = output, pairs_at_peak, None
         self.active = dist.get_rank() == 0
         self.bar = tqdm(
@@ -207,6 +210,14 @@ class RunLog:
         yield
         self.last_time += time.perf_counter() - begin
 
+    def compiled(self, seconds: float) -> None:
+        """Tell how long torch.compile has just taken, which counts in no throughput."""
+        if seconds:
+            self.last_time += seconds
+            self.compile_seconds += seconds
+            if self.active:
+                self.bar.write(f"torch.compile took {seconds:.1f} s of the last step")
+
     def write(
         self,
         step: int,
@@ -234,6 +245,8 @@ class RunLog:
             if self.pairs_at_peak is not None:
                 record["mfu"] = rate / self.pairs_at_peak
             record["memory_gib"] = peak_memory()
+            if self.compile_seconds:
+                record["compile_seconds"], self.compile_seconds = self.compile_seconds, 0.0
             with open(self.metrics, "a") as file:
                 line = record if warning is None else {**record, "warning": warning}
                 file.write(json.dumps(_for_json(line)) + "\n")

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from dde_fast import checkpoint, config, export, flops, lora, models
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
+from dde_fast.compilation import CompileTime, eagerly, use_compile
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import (
@@ -102,19 +103,21 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         log = RunLog(output, settings, **progress, wandb_project=c.wandb_project)
     meter, stop = Meter(device, len(inputs.alphas_cumprod)), StopSignal()
     batches, stopped, diverged = stream(c, e, data, inputs.scores, done, device), False, False
+    compiling = CompileTime()
 
     # The loop: the host waits for the device where it logs or saves, and nowhere else
     while done < c.steps and not (stopped or diverged):
         learning_rate = forward.engine.get_lr()[0]
         stopped = not take_step(forward, e, batches, meter, skips, stop)
         done += not stopped
+        log.compiled(compiling.lately())
         saving = stopped or done == c.steps or (c.save_every > 0 and done % c.save_every == 0)
         looking = validation is not None and not stopped and due(c.validation_every, done, c.steps)
         if done > log.last_step and (saving or looking or done % c.log_every == 0):
             record = meter.read({"skipped_steps": skips.total, "in_a_row": skips.in_a_row})
             diverged = record.pop("in_a_row") >= c.max_skipped
             if looking:
-                with one_line_errors(own=True), log.aside():
+                with one_line_errors(own=True), log.aside(), eagerly(c):
                     record["validation"] = validation()
             warning = winner_warning(record, c.max_winner_error)
             log.write(done, record, learning_rate, batches.waited, warning)
@@ -123,7 +126,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             with one_line_errors(), log.aside():
                 saved = save(c, e, inputs, forward, done, skips)
         if grids is not None and not stopped and due(c.grid_every, done, c.steps):
-            with log.aside():
+            with log.aside(), eagerly(c):
                 log.picture(done, "grids", grids(forward.engine, f"step {done}"))
 
     # The result: weights that diffusers loads, in exact float32
@@ -260,6 +263,7 @@ def build(
 ) -> PairForward | OnlineForward:
     """Everything that an optimizer step needs, on the device."""
     engine = start_engine(c, e, inputs.unet)
+    use_compile(engine.module, c.compile)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
     runs_reference = loss_fn.objective.needs_reference and inputs.scores is None
@@ -268,6 +272,7 @@ def build(
     elif runs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
         use_attention(reference, c.attention, e.dtype, device)
+        use_compile(reference, c.compile)
         if c.shard_reference:
             reference = start_sharded_reference(e, reference)
     return FORWARDS.get(c.objective, PairForward)(c, e, inputs, engine, reference, loss_fn)

@@ -140,11 +140,13 @@ def test_the_memory_table_is_counted_from_the_published_unets(monkeypatch):
     assert "✗" in page and "| 64 × 80 GB |" in page
 
 
-@pytest.mark.parametrize("case", ["sd15-32", "sdxl"])
-def test_the_whole_step_lever_by_lever(tmp_path, monkeypatch, case):
-    """A small run of each kind: float32 on one policy, bf16 under DeepSpeed beside autocast."""
+@pytest.mark.parametrize(("case", "kind"), [("sd15-32", ""), ("sdxl", "regional")])
+def test_the_whole_step_lever_by_lever(tmp_path, monkeypatch, case, kind):
+    """A small run of each kind: float32 on one policy; bf16 under DeepSpeed beside autocast, and
+    compiled."""
     path = tmp_path / "train-step.json"
     command = [sys.executable, "benchmarks/bench_train_step.py", case, "--small", "--rounds", "2"]
+    command += ["--compile", kind]
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
@@ -156,11 +158,17 @@ def test_the_whole_step_lever_by_lever(tmp_path, monkeypatch, case):
     data = json.loads(path.read_text())
     rows, levers = data["rows"], ["published structure", "pairs encoded before"]
     levers += ["no gradient checkpointing"] * (case != "sdxl")
-    levers += ["fused noise and loss", "the trainer: fused AdamW", "reference scores"]
+    levers += ["fused noise and loss", "the trainer: fused AdamW"]
+    if kind:
+        compiled = rows[len(levers)]
+        levers.append(f"torch.compile, {kind} ({compiled['compile_seconds']:.0f} s to compile)")
+        assert compiled["compile_seconds"] > 0
+    levers.append("reference scores")
     assert [row["name"] for row in rows] == levers
     # five for the published log; ours: on a CPU the loss's backward looks at its gradient
     reads = [row["host_reads"] for row in rows]
-    assert reads[: len(rows) - 3] == [5] * (len(rows) - 3)
+    published = levers.index("the trainer: fused AdamW") - 1
+    assert reads[:published] == [5] * published
     if not torch.cuda.is_available() and data["dtype"] == "float32":
         assert reads[-3:] == [1, 1, 1]
     assert rows[0]["frozen_GiB"] > rows[1]["frozen_GiB"] > rows[-1]["frozen_GiB"] == 0

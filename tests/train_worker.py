@@ -5,10 +5,13 @@
 Each job has `args` for `dde_fast.train.main` and optionally: `plain`, to train with PyTorch alone
 instead ("online": TailorPO); `stop`, [rank, step] at which that rank gets a SIGTERM; `tear`, a file
 to cut in half first; `no_reference`, to fail where a reference model is loaded; `count_syncs`, a
-file for the steps at which the host waited for the device; `exit`, the code that it must end with;
-or a fault of `faults.FAULTS` with its arguments.
+file for the steps at which the host waited for the device; `backend`, of torch.compile in place of
+its default; `steady`, to fail where something is compiled after the first optimizer step; `exit`, the
+code that it must end with; or a fault of `faults.FAULTS` with its arguments.
 """
 
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -159,6 +162,30 @@ def stop_at(rank: int, step: int, args: list[str]) -> None:
         train.main(args)
     finally:
         metrics.RunLog.advance = advance
+
+
+@contextlib.contextmanager
+def backend(name: str):
+    """torch.compile with another backend."""
+    with patch.object(torch, "compile", functools.partial(torch.compile, backend=name)):
+        yield
+
+
+@contextlib.contextmanager
+def steady():
+    """Nothing is compiled any more once an optimizer step has been taken."""
+    advance = metrics.RunLog.advance
+
+    def setting(log, done):
+        advance(log, done)
+        torch.compiler.set_stance("fail_on_recompile")
+
+    with patch.object(metrics.RunLog, "advance", setting):
+        yield
+    torch.compiler.set_stance("default")
+
+
+FAULTS = FAULTS | {"backend": backend, "steady": steady}
 
 
 def tear(path: Path) -> None:

@@ -1,0 +1,98 @@
+"""torch.compile of policy and reference, by name, and the seconds that it takes.
+
+UNets are compiled in place, so that parameters, checkpoints and exports have the names of an eager
+run. Training's shapes are fixed: what they need is compiled in the first optimizer step. What looks
+at a run with shapes of its own, validation and grids, runs without the compiler (`eagerly`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from dde_fast.config import TrainConfig
+from dde_fast.deepspeed_config import EngineConfig
+
+GRAPHS = 64
+"""Of one piece of code, before torch gives up compiling it. Its own 8 are just enough for the blocks
+of Stable Diffusion 1.5 (four sizes, each with and without gradient), not for adapters or samplers."""
+
+
+def _whole(unet: UNet2DConditionModel) -> None:
+    # not `unet.compile`, whose graph takes in DeepSpeed's hooks and their clocks
+    unet.forward = torch.compile(unet.forward, dynamic=False)
+
+
+COMPILE: dict[str, Callable[[UNet2DConditionModel], None]] = {
+    "regional": lambda unet: unet.compile_repeated_blocks(dynamic=False),
+    "whole": _whole,
+}
+"""What compiles a UNet when it is first called."""
+
+
+def use_compile(unet: UNet2DConditionModel, name: str) -> None:
+    """Let a UNet compile itself so at its next call; "" leaves it alone."""
+    if name:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        COMPILE[name](unet)
+
+
+def check_compile(c: TrainConfig, e: EngineConfig, device: torch.device) -> None:
+    """Refuse to compile where it cannot be.
+
+    Raises:
+        ValueError: an unknown name, weights that ZeRO stage 3 shares out, or a machine without a
+            compiler that works.
+    """
+    if not c.compile:
+        return
+    if c.compile not in COMPILE:
+        raise ValueError(f"compile: expected none or one of {list(COMPILE)}, got {c.compile!r}")
+    if e.stage == 3 or c.shard_reference:
+        why = "shard_reference" if c.shard_reference else "ZeRO stage 3"
+        raise ValueError(
+            f"compile: expected whole weights on each rank, got {c.compile!r} with {why}, whose "
+            "hooks gather them layer by layer"
+        )
+
+    def compiled_plus(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.compiler.is_compiling()
+
+    try:
+        works = torch.compile(compiled_plus)(torch.zeros(1, device=device)).item() == 1
+        why = "torch.compile is switched off"
+    except Exception as error:  # dynamo's, inductor's, triton's, the operating system's
+        works, why = False, " ".join(str(error).split("\n")[:2])
+    if not works:
+        raise ValueError(
+            f"compile: expected a machine with a compiler for {device.type} that torch finds (g++ "
+            f"and Python's headers, for a GPU triton), got {c.compile!r} ({why})"
+        )
+
+
+@contextlib.contextmanager
+def eagerly(c: TrainConfig) -> Iterator[None]:
+    """Within, nothing is compiled, and what was compiled is not used."""
+    with torch.compiler.set_stance("force_eager") if c.compile else contextlib.nullcontext():
+        yield
+
+
+class CompileTime:
+    """Seconds that torch.compile takes in this process."""
+
+    def __init__(self):
+        self.before = self._total()
+
+    @staticmethod
+    def _total() -> float:
+        dynamo = sys.modules.get("torch._dynamo.utils")  # not there, nothing was compiled
+        return 0.0 if dynamo is None else dynamo.calculate_time_spent()["total_wall_time"]
+
+    def lately(self) -> float:
+        """Since the last time this was asked."""
+        before, self.before = self.before, self._total()
+        return self.before - before
