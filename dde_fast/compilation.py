@@ -3,6 +3,10 @@
 UNets are compiled in place, so that parameters, checkpoints and exports have the names of an eager
 run. Training's shapes are fixed: what they need is compiled in the first optimizer step. What looks
 at a run with shapes of its own, validation and grids, runs without the compiler (`eagerly`).
+
+In 16 bits the policy's graph, which keeps what its backward needs, rounds unlike the reference's, so
+that equal models do not have equal predictions to the last bit, as they have in float32 and without
+the compiler. Once they differ, either way rounds them apart as far.
 """
 
 from __future__ import annotations
