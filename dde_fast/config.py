@@ -62,7 +62,8 @@ class TrainConfig:
     """Share of the old value an update of the importance ratios keeps (paper: μ = 0.1, read as the
     update rate, hence 0.9)."""
     timestep_low: int = 0
-    """First timestep trained, 0-based (paper: 0). Style: 500. Online, steps from other timesteps are
+    """First timestep trained, 0-based (paper: 0; style: 500). Online 200 unless another is given: the
+    noise of later steps is so small that they would outweigh the others. Those left out are
     sampled only."""
     timestep_high: int | None = None
     """One past the last timestep trained; None = the schedule's length (paper: 1000)."""
@@ -277,9 +278,13 @@ def parse(args: Sequence[str] | None = None) -> TrainConfig:
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     args = [part for arg in args for part in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    given = {arg.lstrip("-").replace("-", "_") for arg in args}
     config = parse_command_line(TrainConfig, args, default=PRESETS[preset]())
+    if "timestep_low" not in given:
+        least = get_objective(config.objective).timestep_low
+        config.timestep_low = max(config.timestep_low, least)
     check(config)
-    check_guidance(config, given={arg.lstrip("-").replace("-", "_") for arg in args})
+    check_guidance(config, given)
     config.output = config.output or f"outputs/{config.preset}-{config.objective}"
     return config
 

@@ -50,8 +50,9 @@ from dde_fast.grids import Grids
 from dde_fast.inputs import Inputs, describe, read_inputs
 from dde_fast.loader import Loader, PairStream
 from dde_fast.metrics import Meter, RunLog, winner_warning
-from dde_fast.online import FORWARDS, OnlineForward, Prompts, PromptStream, trained_steps
+from dde_fast.online import FORWARDS, OnlineForward, reward_failure, trained_steps
 from dde_fast.prepare import Preparation
+from dde_fast.prompt_stream import Prompts, PromptStream
 from dde_fast.reference_scores import ReferenceScores
 from dde_fast.validation import Validation
 
@@ -116,7 +117,8 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             if looking:
                 with one_line_errors(own=True), log.aside():
                     record["validation"] = validation()
-            warning = winner_warning(record, c.max_winner_error)
+            failure = reward_failure(record, c.reward)
+            warning = failure or winner_warning(record, c.max_winner_error)
             log.write(done, record, learning_rate, batches.waited, warning)
         log.advance(done)
         if done > 0 and (saving or diverged):
@@ -134,8 +136,12 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         with one_line_errors():
             raise ValueError(
                 f"gradient: expected finite numbers, got none in the last {c.max_skipped} or more "
-                f"optimizer steps, all skipped; saved {saved}; if data and machine are sound, start "
-                "again with a lower learning_rate or a larger beta"
+                f"optimizer steps, all skipped; saved {saved}; "
+                + (
+                    failure
+                    or "if data and machine are sound, start again with a lower learning_rate "
+                    "or a larger beta"
+                )
             )
     if stopped:
         what = f"and saved {saved}; continue with --resume latest" if saved else "at its beginning"

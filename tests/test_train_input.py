@@ -207,6 +207,8 @@ def test_what_a_run_began_to_encode_is_no_run(folder, tmp_path, capfd):
     assert "objective" in fails([*folder.args("again", tmp_path / "run"), *stop], capfd)
     args = folder.args("again", tmp_path / "run", pairs="nowhere.parquet")
     assert "pairs: expected" in fails(args, capfd)  # and not: output
+    (tmp_path / "run/config.json.0a1b2c3d.partial").touch()  # killed at its first file
+    assert "pairs: expected" in fails(args, capfd)
     (tmp_path / "run/metrics.jsonl").touch()
     assert "output: expected a new or empty directory" in fails(args, capfd)
 
