@@ -197,6 +197,7 @@ def test_the_message_says_what_to_run(folder, capfd, tmp_path):
         "--precision": "bfloat16",
     }
     prepare.main(words[3:])
+    capfd.readouterr()  # its progress
     more = fails([*args, "--reference_scores", "3"], capfd)
     assert "expected at most the 1 whole draws" in more
     assert shlex.split(more.split("; run ")[1])[3:] == [*words[3:8], "3", *words[9:]]
