@@ -32,7 +32,12 @@ part() {
     esac
 }
 
-step() { part "train-step-$1" "$2" python3 benchmarks/bench_train_step.py "$1" --rounds 10 --output "$out/train-step-$1.json"; }
+# step NAME SECONDS CASE FLAGS…
+step() {
+    local name=train-step-$1 budget=$2
+    shift 2
+    part "$name" "$budget" python3 benchmarks/bench_train_step.py "$@" --rounds 10 --output "$out/$name.json"
+}
 
 part build 120 python3 setup.py build_ext --inplace
 part about 60 sh -c 'python3 -m dde_fast; nvidia-smi'
@@ -40,8 +45,8 @@ cat "$out/about.log"
 
 # what cannot be had elsewhere comes first, should time run out
 part cuda 60 python3 -m pytest tests/test_cuda.py -q
-step sd15 150
-step sdxl 210
+step sd15 150 sd15
+step sdxl 210 sdxl
 gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -gt 1 ]; then
     part scaling-sd15 120 python3 benchmarks/scaling.py sd15 --rounds 4 --output "$out/scaling-sd15.json"
@@ -50,7 +55,7 @@ else
 fi
 part kernels 180 python3 -m pytest benchmarks/ --benchmark-only --benchmark-json="$out/kernels.json" \
     --benchmark-columns=median,iqr,rounds -q
-step embedded 40
+step embedded 40 embedded
 # then the tests, a file per process: most of them wait for processes and compilers of their own
 mkdir -p "$out/tests"
 tests() {

@@ -161,6 +161,8 @@ def measure(name: str, case: Case, args: argparse.Namespace, folder: Path) -> di
     models.quiet_libraries()
     start_process()
     c, e, _ = configure(case, folder, args.small)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the ranks need it
     stages = write_settings(c, e, args.accumulation, folder)
     parameters = sum(weight.numel() for weight in models.load_unet(c.model).parameters())
     worlds = [World(folder, 1, first=rank) for rank in range(args.ranks)]

@@ -272,6 +272,12 @@ def test_readme_shows_every_committed_step_and_says_which_are_missing(tmp_path, 
     assert "results/train-step-embedded.png" in text and "embedded-older.png" not in text
 
 
+def test_every_committed_step_has_its_picture():
+    results = ROOT / "benchmarks" / "results"
+    steps = sorted(results.glob("train-step-*.json"))
+    assert steps and all(path.with_suffix(".png").is_file() for path in steps)
+
+
 STUB = """#!/bin/sh
 echo "$*" >>"$CALLED"
 case "$*" in *device_count*) echo "$GPUS" ;; *"$BREAK"*) exit 3 ;; esac
