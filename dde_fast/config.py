@@ -63,8 +63,8 @@ class TrainConfig:
     update rate, hence 0.9)."""
     timestep_low: int = 0
     """First timestep trained, 0-based (paper: 0; style: 500). Online 200 unless another is given: the
-    noise of later steps is so small that they would outweigh the others. Those left out are
-    sampled only."""
+    noise of later steps is so small that they would outweigh the others. Online, steps that are not
+    trained are still sampled."""
     timestep_high: int | None = None
     """One past the last timestep trained; None = the schedule's length (paper: 1000)."""
     caption_dropout: float = 0.1
