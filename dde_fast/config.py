@@ -124,6 +124,19 @@ class TrainConfig:
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    checkpoint_blocks: str = ""
+    """Recompute those of these blocks alone, by their names in the UNet with commas between:
+    down_blocks.0,up_blocks.3; empty = of all or none, as gradient_checkpointing says."""
+    plan: bool = False
+    """Print ZeRO stage, micro-batch and blocks to recompute for this machine's GPUs, with the memory
+    and speed to be expected, and end; the rest of the command line and the JSON say of what."""
+    plan_gpus: int = 0
+    """GPUs to plan for; 0 = this machine's."""
+    plan_memory: float = 0.0
+    """GiB of each GPU to plan for; 0 = as this machine's have."""
+    plan_share: float = 0.4
+    """Share of the peak's operations that predicted speed assumes, recomputed ones included; a run's
+    last line says what it was."""
     attention: str = "sdpa"
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
     xformers, or eager."""
@@ -338,6 +351,9 @@ def check(config: TrainConfig) -> None:
         ("grid_steps", 1 <= c.grid_steps <= 1000, "1 to 1000"),
         ("grid_guidance", 1 <= c.grid_guidance < math.inf, "at least 1"),
         ("peak_tflops", 0 <= c.peak_tflops < math.inf, "0 (of the known GPUs) or more"),
+        ("plan_gpus", c.plan_gpus >= 0, "0 (this machine's) or more"),
+        ("plan_memory", 0 <= c.plan_memory < math.inf, "0 (as this machine's) or more"),
+        ("plan_share", 0 < c.plan_share <= 1, "above 0, at most 1"),
         ("keep", c.keep >= 0, "0 (all) or a number of checkpoints"),
         ("max_skipped", c.max_skipped >= 1, "at least 1"),
         ("max_winner_error", c.max_winner_error > 1, "above 1"),
