@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from variants import same_run
 
 from dde_fast import lora
 from dde_fast.activations import Activations, blocks_of, count, recompute, recomputed_blocks
@@ -211,3 +212,16 @@ def test_blocks_by_name():
         ValueError, match=r"^checkpoint_blocks: .* down_blocks.0,.*, got 'down_blocks.7'$"
     ):
         recomputed_blocks(wrong, BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "kinds"),
+    [
+        *((f"blocks{n}", f"ema{n}", ("unet", "unet_ema")) for n in (0, 2, 3)),
+        ("blocks_resumed", "ema2", ("unet", "unet_ema")),
+        ("lora_blocks", "lora3", ("lora",)),
+    ],
+)
+def test_a_run_that_recomputes_some_blocks_is_the_run(variants, name, expected, kinds):
+    """Under every ZeRO stage, with adapters, and when they are others after a resume."""
+    same_run(variants, name, expected, *kinds)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import statistics
 
 import pytest
 import tiny
@@ -65,3 +67,18 @@ def test_what_was_is_written_beside_it(tmp_path):
     line = forecast.outcome(tmp_path, c, forecast.Forecast({}, None), [3.0], cpu)
     assert line.endswith("pairs/s: was 3")
     assert [path.name for path in tmp_path.iterdir()] == [forecast.RECORD]
+
+
+def test_a_run_ends_with_what_was_expected_and_what_it_took(variants):
+    line = r"^memory: predicted (\S+) GiB, peak (\S+) GiB of the whole process; pairs/s: .*was \S+"
+    found = re.findall(line, variants.printed, re.M)
+    assert len(found) > 10 and all(0 < float(mine) < float(whole) for mine, whole in found)
+    known = r"pairs/s: predicted \S+ at 0.4 of the peak, was \S+ \(--plan_share \S+\)$"
+    assert len(re.findall(known, variants.printed, re.M)) == 1
+    machine = json.loads((variants.path / "ema0" / forecast.RECORD).read_text())
+    rates = [record["pairs_per_second"] for record in variants.metrics("ema0")]
+    assert machine["measured"]["pairs_per_second"] == pytest.approx(statistics.median(rates))
+    assert machine["predicted"]["pairs_per_second"] is machine["measured"]["share_of_peak"] is None
+    machine = json.loads((variants.path / "lora_blocks" / forecast.RECORD).read_text())
+    share = machine["measured"]["pairs_per_second"] / machine["predicted"]["pairs_per_second"]
+    assert machine["measured"]["share_of_peak"] == pytest.approx(0.4 * share)

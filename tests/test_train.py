@@ -5,8 +5,6 @@ the runs left behind.
 """
 
 import json
-import re
-import statistics
 import subprocess
 import sys
 
@@ -93,16 +91,13 @@ def alone(folder) -> Folder:
     # stage 3 comes last: DeepSpeed then replaces torch's linear for the rest of the process
     for n in range(4):
         jobs.append({"args": folder.args(f"zero{n}", ds=stage(n))})
-        some = {"checkpoint_blocks": "down_blocks.0,up_blocks.1"}
-        jobs.append({"args": folder.args(f"blocks{n}", ds=stage(n), **some)})
         if n > 0:
             half = stage(n, **BF16)
             sft = {"objective": "sft", "steps": OBJECTIVE_STEPS}
             jobs.append({"args": folder.args(f"bf16_{n}", ds=half)})
             jobs.append({"args": folder.args(f"bf16_sft_{n}", ds=half, **sft)})
         first = folder.args(f"zero{n}_resumed", ds=stage(n), steps=4, save_every=2)
-        more = {"checkpoint_blocks": "mid_block"} if n == 2 else {}  # what is recomputed is free
-        again = folder.args(f"zero{n}_resumed", ds=stage(n), resume="latest", **more)
+        again = folder.args(f"zero{n}_resumed", ds=stage(n), resume="latest")
         # stage 1 loses its newest checkpoint and has to go back one more
         jobs += [{"args": first}, {"args": again} | ({"tear": str(torn)} if n == 1 else {})]
     jobs.append({"args": folder.args("watched3", ds=stage(3), **watching(folder))})
@@ -161,28 +156,6 @@ def test_training_moves_the_loss(alone):
 def test_gradient_checkpointing_changes_nothing(alone):
     assert (alone.losses("checkpointing") - alone.losses("zero1")).abs().max() < 1e-6
     assert alone.distance("checkpointing", "zero1") < 5e-4
-
-
-@pytest.mark.parametrize("n", range(4))
-def test_recomputing_some_blocks_changes_no_bit(alone, n):
-    assert torch.equal(alone.losses(f"blocks{n}"), alone.losses(f"zero{n}"))
-    assert alone.distance(f"blocks{n}", f"zero{n}") == 0
-
-
-def test_a_run_says_what_was_expected_and_what_it_took(alone):
-    lines = re.findall(
-        r"^memory: predicted (\S+) GiB, peak (\S+) GiB of the whole .*", alone.printed, re.M
-    )
-    assert len(lines) > 20 and all(0 < float(mine) < float(all_) for mine, all_ in lines)
-    known = r"pairs/s: predicted \S+ at 0.4 of the peak, was \S+ \(--plan_share \S+\)$"
-    assert re.search(known, alone.printed, re.M)
-    machine = json.loads((alone.path / "zero1/machine.json").read_text())
-    rates = [record["pairs_per_second"] for record in alone.metrics("zero1")]
-    assert machine["measured"]["pairs_per_second"] == pytest.approx(statistics.median(rates))
-    assert machine["predicted"]["pairs_per_second"] is machine["measured"]["share_of_peak"] is None
-    expected = json.loads((alone.path / "watched3/machine.json").read_text())
-    share = expected["measured"]["pairs_per_second"] / expected["predicted"]["pairs_per_second"]
-    assert expected["measured"]["share_of_peak"] == pytest.approx(0.4 * share)
 
 
 def test_accumulation_is_a_larger_batch(alone):
