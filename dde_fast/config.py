@@ -123,7 +123,7 @@ class TrainConfig:
     seed: int = 0
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a fifth more operations."""
     checkpoint_blocks: str = ""
     """Recompute those of these blocks alone, by their names in the UNet with commas between:
     down_blocks.0,up_blocks.3; empty = of all or none, as gradient_checkpointing says."""

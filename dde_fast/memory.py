@@ -66,6 +66,16 @@ def bytes_per_gpu(
     return round(width * frozen / (ranks if stage == 3 else 1) + each * trained + width * reference)
 
 
+def step_bytes(trained: int, ranks: int, stage: int, width: int = 2) -> int:
+    """What the optimizer step takes for itself, when the activations are gone: ZeRO flattens its share
+    of the float32 gradients. Stages 1 and 2 in 16 bits sum them flat; stage 0 needs no copy.
+
+    Args:
+        trained, ranks, stage, width: as in `bytes_per_gpu`.
+    """
+    return 0 if stage == 0 or (stage < 3 and width == 2) else round(4 * trained / ranks)
+
+
 BUCKET, PREFETCH, REUSE = 5e8, 5e7, 1e9
 """DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_prefetch_bucket_size and
 stage3_max_reuse_distance."""

@@ -35,7 +35,7 @@ from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json
 from dde_fast.flops import peak_tflops
-from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu
+from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes
 from dde_fast.objectives import get_objective
 from dde_fast.optimizers import OPTIMIZERS
 
@@ -96,11 +96,14 @@ class Model:
         ema = bytes_per_gpu(self.frozen, self.trained, **kept, ema=bool(c.ema_decay)) - state
         sizes = (self.frozen + self.trained, self.trained, e.ranks, e.stage)
         buffers = buffer_bytes(*sizes, e.json, width=width)
+        activations = round(2 * e.micro_batch * peak)
+        step = step_bytes(*sizes[1:], width)
         return {
             "weights, gradients, optimizer": state,
             "average of the weights": ema,
             "reference": width * shared,
-            "activations": round(2 * e.micro_batch * peak),
+            "activations": activations,
+            "more in the optimizer step": max(0, step - activations),
             "DeepSpeed's buffers": min(buffers, width * self.trained) if host else buffers,
         }
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu
+from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes
 from dde_fast.optimizers import OPTIMIZERS
 
 FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -59,3 +59,12 @@ def test_every_optimizer_has_its_moments():
 def test_what_deepspeed_communicates_in(stage, ranks, zero, json, expected):
     """9 parameters, 7 of them trained."""
     assert buffer_bytes(9, 7, ranks, stage, json | {"zero_optimization": zero}) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "width", "expected"),
+    [(1, 2, 0), (2, 2, 0), (3, 2, 4 * 8 // 4), (0, 4, 0), (1, 4, 8), (2, 4, 8), (3, 4, 8)],
+)
+def test_what_the_step_copies(stage, width, expected):
+    """8 trained parameters on 4 GPUs."""
+    assert step_bytes(8, 4, stage, width) == expected

@@ -93,6 +93,16 @@ def test_zero_3_only_where_no_lower_stage_fits(sd15):
     assert plan(sd15, 6, 64, shard_reference=True).engine.stage == 2
 
 
+def test_the_step_needs_its_copy_of_the_gradients_where_activations_are_small(sd15):
+    small = plan(sd15, 4.4, 64, shard_reference=True)
+    assert small.needs["more in the optimizer step"] == 0  # 54 MB, less than the activations
+    e = dataclasses.replace(small.engine, batch=1, accumulation=1, micro_batch=1)
+    assert (e.ranks, e.stage) == (1, 3)
+    needs = sd15.needs(PRESETS["sd15"](), e, 1000.0)
+    assert needs["activations"] == 2000
+    assert needs["more in the optimizer step"] == 4 * 859_520_964 - 2000
+
+
 def test_each_way_to_save_memory_is_counted(sd15):
     usual = plan(sd15, 80).needs
     eight_bits = plan(sd15, 80, optimizer="adamw8bit")
