@@ -31,13 +31,14 @@ from transformers import PretrainedConfig
 
 from dde_fast import activations, lora, models
 from dde_fast.activations import Activations, Option
+from dde_fast.attention import check_attention
 from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json
 from dde_fast.flops import peak_tflops
 from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes
 from dde_fast.objectives import get_objective
-from dde_fast.optimizers import OPTIMIZERS
+from dde_fast.optimizers import OPTIMIZERS, check_optimizer
 
 PAIRS = 2048
 """Per optimizer step where the JSON does not say: the paper's."""
@@ -208,7 +209,7 @@ def find_gpus(c: TrainConfig, dtype: torch.dtype) -> Gpus:
             "plan_memory: expected the GiB of a GPU, as this machine has none, got 0; with "
             "--plan_gpus and --plan_memory other machines can be planned for"
         )
-    count = c.plan_gpus or max(here, int(os.environ["WORLD_SIZE"]))
+    count = c.plan_gpus or max(here, int(os.environ.get("WORLD_SIZE", 1)))
     if c.plan_memory:
         return Gpus(count, round(c.plan_memory * 2**30), "", c.peak_tflops or None)
     found = torch.cuda.get_device_properties(0)
@@ -291,10 +292,15 @@ def report(c: TrainConfig) -> str:
             "plan: expected an objective that trains on pairs, as what sampling and rewards take is "
             f"not counted, got {c.objective!r}"
         )
+    check_optimizer(c)
+    check_attention(c.attention)
     raw = read_json(c.deepspeed_config)
     parts = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     raw = {key: value for key, value in raw.items() if key not in parts}
-    dtype = complete(with_choice(raw, 1, 1, 1, 1), c, 1).dtype
+    zero = raw.get("zero_optimization", {})
+    free = {parts[0]: 1, "train_batch_size": raw.get("train_batch_size", PAIRS)}
+    free["zero_optimization"] = zero | {"stage": 1} if isinstance(zero, dict) else zero
+    dtype = complete(raw | free, c, 1).dtype
     gpus = find_gpus(c, dtype)
     config = models.load_unet_config(c.model)
     model = read_model(c, config, dtype, **shapes_of(c, config))

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -215,6 +216,8 @@ BAD = {
     "no GPU": (["--plan_memory", "0"], "plan_memory: expected the GiB of a GPU"),
     "too little": (["--plan_memory", "0.5"], "plan_memory: expected at least"),
     "no divisor": (["--plan_gpus", "7"], "plan_gpus: expected a divisor of train_batch_size = 64"),
+    "optimizer": (["--optimizer", "adam"], "optimizer: expected auto or one of ['adamw'"),
+    "attention": (["--attention", "paged"], "attention: expected one of ['sdpa'"),
     "negative": (["--plan_gpus", "-1"], "plan_gpus: expected 0"),
     "too much": (["--plan_share", "1.5"], "plan_share: expected above 0, at most 1, got 1.5"),
     "online": (
@@ -229,6 +232,26 @@ def test_bad_flags_are_one_line_and_exit_2(folder, capfd, monkeypatch, name):
     more, message = BAD[name]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert message in fails([*flags(folder, "sd", train_batch_size=64), *more], capfd)
+
+
+@pytest.mark.parametrize("ds", [{"train_batch_size": "auto"}, {"zero_optimization": 1}])
+def test_a_bad_json_is_one_line_and_exit_2(folder, capfd, ds):
+    assert f"deepspeed_config: {next(iter(ds))}: expected" in fails(
+        flags(folder, "sd", **ds), capfd
+    )
+
+
+def test_this_machines_gpus(monkeypatch):
+    found = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    expected = Gpus(4, 80 * 2**30, "NVIDIA A100-SXM4-80GB", 312.0)
+    assert planner.find_gpus(TrainConfig(), torch.bfloat16) == expected
+    assert planner.find_gpus(TrainConfig(), torch.float32).peak is None
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert planner.find_gpus(TrainConfig(), torch.bfloat16).count == 16
+    others = planner.find_gpus(TrainConfig(plan_gpus=2, plan_memory=0.5), torch.bfloat16)
+    assert others == Gpus(2, 2**29, "", None)
 
 
 def test_the_shapes_are_those_of_a_prepared_cache(whole, monkeypatch, folder):
