@@ -125,18 +125,15 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a fifth more operations."""
     checkpoint_blocks: str = ""
-    """Recompute those of these blocks alone, by their names in the UNet with commas between:
-    down_blocks.0,up_blocks.3; empty = of all or none, as gradient_checkpointing says."""
+    """Recompute those of these blocks of the UNet alone, by name: down_blocks.0,up_blocks.3."""
     plan: bool = False
-    """Print ZeRO stage, micro-batch and blocks to recompute for this machine's GPUs, with the memory
-    and speed to be expected, and end; the rest of the command line and the JSON say of what."""
+    """Print what to use on this machine's GPUs, with memory and speed to be expected, and end."""
     plan_gpus: int = 0
     """GPUs to plan for; 0 = this machine's."""
     plan_memory: float = 0.0
     """GiB of each GPU to plan for; 0 = as this machine's have."""
     plan_share: float = 0.4
-    """Share of the peak's operations that predicted speed assumes, recomputed ones included; a run's
-    last line says what it was."""
+    """Share of the peak that predicted speed assumes; a run's last line says what it was."""
     attention: str = "sdpa"
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
     xformers, or eager."""
