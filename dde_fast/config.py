@@ -124,7 +124,17 @@ class TrainConfig:
     seed: int = 0
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a fifth more operations."""
+    checkpoint_blocks: str = ""
+    """Recompute those of these blocks of the UNet alone, by name: down_blocks.0,up_blocks.3."""
+    plan: bool = False
+    """Print what to use on this machine's GPUs, with memory and speed to be expected, and end."""
+    plan_gpus: int = 0
+    """GPUs to plan for; 0 = this machine's."""
+    plan_memory: float = 0.0
+    """GiB of each GPU to plan for; 0 = as this machine's have."""
+    plan_share: float = 0.4
+    """Share of the peak that predicted speed assumes; a run's last line says what it was."""
     attention: str = "sdpa"
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
     xformers, or eager."""
@@ -343,6 +353,9 @@ def check(config: TrainConfig) -> None:
         ("grid_steps", 1 <= c.grid_steps <= 1000, "1 to 1000"),
         ("grid_guidance", 1 <= c.grid_guidance < math.inf, "at least 1"),
         ("peak_tflops", 0 <= c.peak_tflops < math.inf, "0 (of the known GPUs) or more"),
+        ("plan_gpus", c.plan_gpus >= 0, "0 (this machine's) or more"),
+        ("plan_memory", 0 <= c.plan_memory < math.inf, "0 (as this machine's) or more"),
+        ("plan_share", 0 < c.plan_share <= 1, "above 0, at most 1"),
         ("keep", c.keep >= 0, "0 (all) or a number of checkpoints"),
         ("max_skipped", c.max_skipped >= 1, "at least 1"),
         ("max_winner_error", c.max_winner_error > 1, "above 1"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dde_fast import checkpoint, embedded, lora, models, prepare, schedule
+from dde_fast.activations import blocks_of, recomputed_blocks
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
@@ -32,7 +33,7 @@ from dde_fast.trajectories import DDIMSteps
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs "
+    "checkpoint_blocks plan plan_gpus plan_memory plan_share backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs "
     "validation_split validation_limit validation_draws validation_every grid_every grid_prompts "
     "grid_images grid_steps grid_guidance prompts reward wandb_project peak_tflops keep "
     "max_skipped max_winner_error".split()
@@ -113,6 +114,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     timesteps = loss_fn.timestep_probabilities(c.timestep_low, c.timestep_high)
     unet = models.load_unet(c.model)
     use_attention(unet, c.attention, e.dtype, device_of_process())
+    recomputed_blocks(c, blocks_of(unet))  # whether it has them
 
     # What a continuation must share with its beginning
     weights = models.fingerprint(unet)

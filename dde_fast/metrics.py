@@ -176,7 +176,7 @@ class RunLog:
         wandb_project: str = "",
     ):
         self.last_step, self.last_time, self.last_waited = start, time.perf_counter(), 0.0
-        self.batch = batch
+        self.batch, self.rates = batch, []
         self.output, self.pairs_at_peak, self.wandb = output, pairs_at_peak, None
         self.active = dist.get_rank() == 0
         self.bar = tqdm(
@@ -228,6 +228,7 @@ class RunLog:
         now = time.perf_counter()
         seconds, data_wait = now - self.last_time, waited - self.last_waited
         rate = (step - self.last_step) * self.batch / seconds
+        self.rates.append(rate)
         self.last_step, self.last_time, self.last_waited = step, now, waited
         if self.active:
             record = {"step": step, **metrics, "learning_rate": learning_rate}

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dde_fast import checkpoint, config, export, flops, lora, models
+from dde_fast import checkpoint, config, export, flops, forecast, lora, models, planner
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
@@ -63,6 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
     models.quiet_libraries()
     with one_line_errors():
         settings = config.parse(args)
+        if settings.plan:
+            return say(planner.report(settings))
         ranks, together = int(os.environ["WORLD_SIZE"]), trained_steps(settings)
         engine_config = read_engine_config(settings, ranks, together)
         inputs = read_inputs(settings, engine_config)
@@ -88,6 +90,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     if inputs.grid_prompts:  # the base is sampled before the policy takes its memory
         grids = Grids(inputs.model, inputs.grid_prompts, c, e.dtype, device)
     pairs_at_peak = flops.pairs_at_peak(c, e, inputs.unet, data, device)
+    expected = None
+    if dist.get_rank() == 0 and isinstance(data, Cache):
+        expected = forecast.of_run(c, e, inputs.unet.config, data, device)
     with one_line_errors():
         forward = build(c, e, inputs, device)
         if start is not None:
@@ -103,6 +108,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         log = RunLog(output, settings, **progress, wandb_project=c.wandb_project)
     meter, stop = Meter(device, len(inputs.alphas_cumprod)), StopSignal()
     batches, stopped, diverged = stream(c, e, data, inputs.scores, done, device), False, False
+
+    if device.type == "cuda":  # what encoding took is not training's
+        torch.cuda.reset_peak_memory_stats()
 
     # The loop: the host waits for the device where it logs or saves, and nowhere else
     while done < c.steps and not (stopped or diverged):
@@ -152,6 +160,8 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     else:
         folders = export.save_results(forward.engine, c, inputs.source, inputs.identity)
         say(f"trained: {', '.join(map(str, folders))}")
+    if expected is not None and log.rates:
+        say(forecast.outcome(output, c, expected, log.rates, device))
     dist.barrier()
 
 
@@ -281,4 +291,5 @@ def build(
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a plan starts nothing
+        dist.destroy_process_group()

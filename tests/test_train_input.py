@@ -81,6 +81,10 @@ BAD = {
     ),
     "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
     "no such file": (["--model", "away.safetensors"], "model: expected a .safetensors file"),
+    "no such block": (
+        ["--checkpoint_blocks", "mid_block,down_blocks.9"],
+        "checkpoint_blocks: expected some of down_blocks.0,down_blocks.1,mid_block,up_blocks.0,",
+    ),
     "no such attention": (["--attention", "paged"], "attention: expected one of"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
     "no such held-out pairs": (
