@@ -194,17 +194,24 @@ def test_the_whole_step_lever_by_lever(tmp_path, monkeypatch, case, kind):
     assert data["machine"]["commit"] and data["machine"]["versions"]["torch"]
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from plot import waterfall
-    from results_table import whole_step
+    import plot
+    from step_table import levers_table
 
-    lines = whole_step(data)
-    assert [line.split(" | ")[0] for line in lines[4:-1]] == [
+    from dde_fast.levers import read, waterfall
+
+    lines = levers_table(case, [read(path)])
+    shown = [line.split(" | ") for line in lines[4:-1]]
+    assert [cells[0] for cells in shown] == [
         f"| {'+ ' * (i > 0)}{lever}" for i, lever in enumerate(levers)
     ]
+    assert {cells[-1] for cells in shown} == {f"`{data['machine']['commit']}` |"}
     bars = waterfall(data).axes[0].patches
-    left = [1e3 / row["pairs_per_s"] for row in rows]
-    heights = [left[0], *(abs(a - b) for a, b in zip(left, left[1:], strict=False)), left[-1]]
-    assert [bar.get_height() for bar in bars] == pytest.approx(heights)
+    rates = [row["pairs_per_s"] for row in rows]
+    steps = [abs(b - a) for a, b in zip([0, *rates], rates, strict=False)]
+    assert [bar.get_width() for bar in bars[1::2]] == pytest.approx(steps)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(path)])
+    plot.main()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_published_step_is_diffusion_dpo(tmp_path, monkeypatch):
@@ -249,3 +256,76 @@ def test_the_published_step_is_diffusion_dpo(tmp_path, monkeypatch):
     step(lambda: batch)
     assert all(value.grad is None for value in policy.parameters())
     assert not any(map(torch.equal, policy.parameters(), before))
+
+
+def test_readme_shows_every_committed_step_and_says_which_are_missing(tmp_path, monkeypatch):
+    """A row per lever with its commit, also of one case at two commits; no GPU's result, no figure."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from report_folders import write_step
+    from step_table import whole_steps
+
+    for name, commit in (("embedded", "aaaa"), ("embedded-older", "bbbb")):
+        write_step(tmp_path / f"train-step-{name}.json", commit=commit)
+    (tmp_path / "train-step-embedded.png").touch()
+    lines = whole_steps(tmp_path)
+    rows = [line for line in lines if line.startswith("|")]
+    overview = {row.split(" | ")[0]: row for row in rows[2:7]}
+    own = "| the embedded model: a CPU, `aaaa` | 1.25×, 25 pairs/s | 1.35× | 2.00×, 40 pairs/s | 1.8× |"
+    assert overview["| the embedded model: a CPU, `aaaa`"] == own
+    for case in ("SD 1.5, latents 32×32", "SD 1.5 on a GPU", "SDXL on a GPU"):
+        assert overview[f"| {case}"].count("| not measured |") == 2
+    for commit in ("aaaa", "bbbb"):
+        assert [row.split(" | ")[1] for row in rows[7:] if row.endswith(f"`{commit}` |")] == [
+            "20 [16, 25]",
+            "32 [25.6, 40]",
+            "25 [20, 31.2]",
+            "40 [32, 50]",
+        ]
+    text = "\n".join(lines)
+    assert text.count("12 rounds; matrix product 100 GFLOP/s") == 2
+    assert text.count("latents 4×8×8, 16 pairs, float32") == 1
+    assert "results/train-step-embedded.png" in text and "embedded-older.png" not in text
+
+
+def test_every_committed_step_has_its_picture():
+    results = ROOT / "benchmarks" / "results"
+    steps = sorted(results.glob("train-step-*.json"))
+    assert steps and all(path.with_suffix(".png").is_file() for path in steps)
+
+
+STUB = """#!/bin/sh
+echo "$*" >>"$CALLED"
+case "$*" in *device_count*) echo "$GPUS" ;; *"$BREAK"*) exit 3 ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    "given, code, said",
+    [
+        ({"GPUS": "1"}, 0, "scaling: skipped, it wants two GPUs"),
+        ({"GPUS": "8", "BREAK": "bench_train_step.py sdxl"}, 1, "failed (3): train-step-sdxl"),
+        ({"GPUS": "1", "MINUTES": "0"}, 1, "skipped, no time left: train-step-sd15"),
+    ],
+)
+def test_what_a_gpu_machine_runs_and_says(tmp_path, given, code, said):
+    """Its parts in their budgets, python and the GPU's tools replaced by one that writes down what is
+    asked of it."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python3", "nvidia-smi"):
+        (tmp_path / "bin" / name).write_text(STUB)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLED": str(tmp_path / "called")}
+    env |= {"BREAK": "nothing of the kind", **given}
+    command = ["bash", str(ROOT / "benchmarks/run_gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
+    called = (tmp_path / "called").read_text()
+    left = (tmp_path / "out/not-done.txt").read_text()
+    if "MINUTES" in given:
+        assert "bench_train_step" not in called and left.count("skipped") == 11
+        return
+    for case in ("sd15", "sdxl", "embedded", "sd15 --compile regional", "sd15 --compile whole"):
+        assert f"benchmarks/bench_train_step.py {case} " in called
+    assert ("benchmarks/scaling.py sd15" in called) == (given["GPUS"] == "8")
+    assert called.count(" tests/test_") == len(list((ROOT / "tests").glob("test_*.py"))) + 1
+    assert bool(left) == bool(code)
