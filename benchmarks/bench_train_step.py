@@ -3,9 +3,9 @@
     python benchmarks/bench_train_step.py embedded --output benchmarks/results/train-step-embedded.json
 
 The steps take turns, round after round, in one process on one model, batch and precision. The first
-is that of published scripts (`published_step.py`); each next one adds a lever, and the last two are
-the trainer itself: `train.build`, `train.stream` and `train.take_step`. In float32 on a CPU all share
-one policy with one set of moments, for there is no memory for two; else the published structure has
+is that of published scripts (`published_step.py`); each next one adds a lever, and the last ones are
+the trainer itself: `train.build`, `train.stream` and `train.take_step`; with `--compile regional` or
+`whole` the last two run through torch.compile. In float32 on a CPU all share one policy with one set of moments, for there is no memory for two; else the published structure has
 its own, in float32 and for bf16 under autocast. The objective is Diffusion-DPO in all of them. Medians over the
 rounds; the operations of the models are counted, and the rate of a matrix product is measured in
 the same rounds. Not in the times: logging to files, checkpoints.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -292,6 +293,7 @@ def measure(
     name: str, case: Case, rounds: int, small: bool, folder: Path, compile: str = ""
 ) -> dict:
     """The result of one case."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # the seconds of a first start
     launch_environment()
     models.quiet_libraries()
     device = start_process()
