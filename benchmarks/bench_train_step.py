@@ -5,10 +5,11 @@
 The steps take turns, round after round, in one process on one model, batch and precision. The first
 is that of published scripts (`published_step.py`); each next one adds a lever, and the last ones are
 the trainer itself: `train.build`, `train.stream` and `train.take_step`; with `--compile regional` or
-`whole` the last two run through torch.compile. In float32 on a CPU all share one policy with one set of moments, for there is no memory for two; else the published structure has
-its own, in float32 and for bf16 under autocast. The objective is Diffusion-DPO in all of them. Medians over the
-rounds; the operations of the models are counted, and the rate of a matrix product is measured in
-the same rounds. Not in the times: logging to files, checkpoints.
+`whole` the last two run through torch.compile. In float32 on a CPU all share one policy with one set of
+moments, for there is no memory for two; else the published structure has its own, in float32 and for
+bf16 under autocast. The objective is Diffusion-DPO in all of them. Medians over the rounds; the
+operations of the models are counted, and the rate of a matrix product is measured in the same rounds.
+Not in the times: logging to files, checkpoints.
 """
 
 from __future__ import annotations
