@@ -26,8 +26,7 @@ def rejected(folder: Path) -> list[dict]:
 
 def everything(folder: Path):
     cache = Cache(folder)
-    n = len(cache)
-    return cache, cache.gather(torch.arange(n), torch.zeros(n, dtype=torch.bool))
+    return cache, caches.stored(cache, torch.arange(len(cache)))
 
 
 def test_each_distinct_image_and_prompt_is_encoded_once(encoders, pairs, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 
+import caches
 import diffusers
 import numpy as np
 import pytest
@@ -87,7 +88,8 @@ def alone(folder) -> Folder:
         {"args": folder.args("blocks", ds=stage(1), pairs=cache, shuffle_block=2)},
     ]
     for name in OFFLINE:
-        jobs.append({"args": folder.args(name, objective=name, steps=OBJECTIVE_STEPS)})
+        job = {"args": folder.args(name, objective=name, steps=OBJECTIVE_STEPS)}
+        jobs.append(job | {"count_syncs": str(folder.path / f"syncs_{name}.json")})
     # stage 3 comes last: DeepSpeed then replaces torch's linear for the rest of the process
     for n in range(4):
         jobs.append({"args": folder.args(f"zero{n}", ds=stage(n))})
@@ -233,6 +235,14 @@ def test_the_host_never_waits_between_log_points(alone):
     assert steps == [0, 1, 0, 0, steps[-1]]  # logged after steps 3 and 6, and saved then
 
 
+@pytest.mark.parametrize("name", OFFLINE)
+def test_nor_does_it_in_any_objective(alone, name):
+    """All that is read is what is logged, at once."""
+    counts = json.loads((alone.path / f"syncs_{name}.json").read_text())
+    assert counts["control"] == 1
+    assert counts["steps"][1:-1] == [1] * (OBJECTIVE_STEPS - 2)
+
+
 def test_a_run_leaves_everything_it_promises(alone):
     run = alone.path / "zero1"
     unet = diffusers.UNet2DConditionModel.from_pretrained(run / "unet")
@@ -298,7 +308,7 @@ def held_out(folder: Folder, name: str) -> dict[str, float]:
     draws = torch.tensor([2**32 - 1, 2**32 - 2]).repeat_interleave(len(data))
     key = {"seed": 0, "pair_ids": data.pair_ids[index], "draw": draws}
     t = noise.sample_timesteps(loss_fn.timestep_probabilities(0, 800), **key)
-    rows = data.gather(index, torch.zeros(len(index), dtype=torch.bool))
+    rows = caches.stored(data, index)
     eps, winners, losers = noise.pair_noise((3, *rows.mean.shape[1:]), **key).unbind(1)
     latents = rows.mean.float() + rows.std.float() * torch.cat([winners, losers])
     noisy, _ = noise.add_noise(latents, t, scheduler.alphas_cumprod, **key)

@@ -5,8 +5,8 @@
 Each job has `args` for `dde_fast.train.main` and optionally: `plain`, to train with PyTorch alone
 instead ("online": TailorPO); `stop`, [rank, step] at which that rank gets a SIGTERM; `tear`, a file
 to cut in half first; `no_reference`, to fail where a reference model is loaded; `count_syncs`, a
-file for the steps at which the host waited for the device; `exit`, the code that it must end with;
-or a fault of `faults.FAULTS` with its arguments.
+file for the steps at which the host waited for the device; `no_waiting`, to fail on a GPU where it
+does, and a file for the number of steps; `exit`, the code that it must end with; or a fault of `faults.FAULTS` with its arguments.
 """
 
 import json
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import caches
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -43,7 +44,7 @@ def plain(args: list[str]) -> None:
     preparation = open_pairs(c, c.pairs, c.split, c.limit)
     preparation.run()
     data = Cache(preparation.folder)
-    everything = data.gather(torch.arange(len(data)), torch.zeros(len(data), dtype=torch.bool))
+    everything = caches.stored(data, torch.arange(len(data)))
     mean, std, sizes = (
         x.float().chunk(2) for x in (everything.mean, everything.std, everything.sizes)
     )
@@ -144,6 +145,25 @@ def count_syncs(args: list[str], path: Path) -> None:
     path.write_text(json.dumps({"control": control, "steps": counts}))
 
 
+def without_waiting(args: list[str], path: Path) -> None:
+    """Train on a GPU, every step but the first two under the condition that the host waits for
+    nothing; writes the number of those steps."""
+    take_step, steps = train.take_step, 0
+
+    def watched(*args):
+        nonlocal steps
+        steps += 1
+        torch.cuda.set_sync_debug_mode("error" if steps > 2 else "default")
+        try:
+            return take_step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with patch.object(train, "take_step", watched):
+        train.main(args)
+    path.write_text(json.dumps(steps - 2))
+
+
 def stop_at(rank: int, step: int, args: list[str]) -> None:
     """Train, with a SIGTERM to one rank after a step."""
     advance = metrics.RunLog.advance
@@ -190,6 +210,8 @@ def run(job: dict) -> None:
         plain(job["args"])
     elif "stop" in job:
         stop_at(*job["stop"], job["args"])
+    elif "no_waiting" in job:
+        without_waiting(job["args"], Path(job["no_waiting"]))
     elif "count_syncs" in job:
         count_syncs(job["args"], Path(job["count_syncs"]))
     else:
