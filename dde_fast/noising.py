@@ -58,7 +58,7 @@ class Noising:
         timesteps = noise.sample_timesteps(self.timesteps, **key)
         noisy, eps = noise.add_noise(batch.latents, timesteps, self.alphas_cumprod, **key)
         captions = torch.cat([batch.captions, batch.captions])
-        embeddings = batch.embeddings.to(self.dtype)[captions]
+        embeddings = batch.embeddings.to(self.dtype).index_select(0, captions)
         return Noised(
             inputs=(noisy.to(self.dtype), torch.cat([timesteps, timesteps]), embeddings),
             conditions={"added_cond_kwargs": self.added(batch, captions), "return_dict": False},
@@ -70,7 +70,7 @@ class Noising:
         """SDXL's further conditions, [2B, …]: the caption is the pair's, the sizes each image's."""
         if batch.pooled is None:
             return None
-        pooled = batch.pooled.to(self.dtype)[captions]
+        pooled = batch.pooled.to(self.dtype).index_select(0, captions)
         return {"text_embeds": pooled, "time_ids": batch.time_ids}
 
     def target(self, latents: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from unittest.mock import patch
 
@@ -127,8 +128,8 @@ def count_syncs(args: list[str], path: Path) -> None:
         counts.append(syncs.count)
         syncs.count = 0
 
-    def counting_tolist(tensor):  # not dispatched
-        syncs.count += 1
+    def counting_tolist(tensor):  # not dispatched; the loader's thread has tensors of the CPU alone
+        syncs.count += threading.current_thread() is threading.main_thread()
         return tolist(tensor)
 
     metrics.RunLog.advance, torch.Tensor.tolist = counting_advance, counting_tolist
