@@ -61,7 +61,7 @@ class Case:
 
 
 CASES = {
-    "embedded": Case("The embedded model on `faces`", None, 8, 128, 16, (1, 2, 8, 32)),
+    "embedded": Case("The embedded model on `faces`", None, 8, 64, 16, (1, 2, 8, 32)),
     "sd15-32": Case(
         "SD 1.5's UNet, random weights and pairs",
         "sd15",
