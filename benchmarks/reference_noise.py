@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from bench_train_step import rounded
 from conftest import ALPHAS_CUMPROD, commit
 from full_size import machine
 from published import make_unet, small_unet
@@ -164,6 +163,11 @@ def predictions(case: Case, made: Models, batch: Batch) -> tuple[dict, dict[int,
     return found, asked
 
 
+def digits(value: Tensor) -> float:
+    """Four of them."""
+    return float(f"{float(value):.4g}")
+
+
 def compare(case: Case, made: Models, found: dict, asked: dict[int, Noised]) -> list[dict]:
     """A row for each way of rounding: what it does to the errors and to the logits."""
     rows = []
@@ -179,9 +183,9 @@ def compare(case: Case, made: Models, found: dict, asked: dict[int, Noised]) -> 
             a, b = (
                 loss_fn(*given, asked[t].target, asked[t].timesteps) for given in (changed, usual)
             )
-            row["logit_std"][name] = float((a.logits - b.logits).double().std())
-            row["error_std"] = float((a.reference_error - b.reference_error).double().std())
-            row["error"] = float(b.reference_error.double().mean())
+            row["logit_std"][name] = digits((a.logits - b.logits).double().std())
+            row["error_std"] = digits((a.reference_error - b.reference_error).double().std())
+            row["error"] = digits(b.reference_error.double().mean())
         rows.append(row)
 
     for t in TIMESTEPS:
@@ -208,7 +212,7 @@ def measure(name: str, case: Case, small: bool = False) -> dict:
         batch = make_batch(case, Path(folder))
     rows = compare(case, made, *predictions(case, made, batch))
     result = {"case": name, "pairs": case.pairs, "training": case.training, "beta": BETA}
-    return rounded(result | {"rows": rows, "machine": machine() | {"commit": commit()}})
+    return result | {"rows": rows, "machine": machine() | {"commit": commit()}}
 
 
 WHAT = {

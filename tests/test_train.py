@@ -73,7 +73,10 @@ def alone(folder) -> Folder:
         {"args": folder.args("x", model=x_model)},
         {"args": [*folder.args("xl", ds=stage(2), model=xl_model), "--gradient_checkpointing"]},
         {"args": [*folder.args("checkpointing", ds=stage(1)), "--gradient_checkpointing"]},
-        {"args": folder.args("split", ds=stage(1, **HALF, gradient_accumulation_steps=2))},
+        {
+            "args": folder.args("split", ds=stage(1, **HALF, gradient_accumulation_steps=2)),
+            "count_syncs": str(folder.path / "syncs_split.json"),
+        },
         {"args": folder.args("json", ds=stage(1, optimizer=adamw))},
         {"args": folder.args("syncs", log_every=3), "count_syncs": str(folder.path / "syncs.json")},
         {"args": folder.args("watched1", ds=stage(1), **watching(folder))},
@@ -233,6 +236,12 @@ def test_the_host_never_waits_between_log_points(alone):
     start, *steps = counts["steps"]  # the first includes loading everything
     assert start > 0
     assert steps == [0, 1, 0, 0, steps[-1]]  # logged after steps 3 and 6, and saved then
+
+
+def test_zero_reads_the_norm_once_per_optimizer_step(alone):
+    """DeepSpeed does so twice at stage 1, and not in the first of two micro-batches; and the log."""
+    counts = json.loads((alone.path / "syncs_split.json").read_text())
+    assert counts["steps"][1:-1] == [3] * (STEPS - 2)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
