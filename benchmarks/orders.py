@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dde_fast import models
 from dde_fast.config import TrainConfig
-from dde_fast.online import GuidedTailorPO, PromptBatch
+from dde_fast.online import GuidedTailorPO
+from dde_fast.prompt_stream import PromptBatch
 from dde_fast.trajectories import DDIMSteps
 
 

@@ -2,7 +2,7 @@
 
 Writes NAME.png beside it. Of the kernels: seconds of the loss forward and backward over the number of
 pairs, a panel per latent and dtype, with the time that the bytes alone would take at the copy
-bandwidth. Of a training step: a waterfall from the published structure to ours, lever by lever.
+bandwidth. Of a training step: the waterfall of `dde_fast.levers`, from the published structure to ours.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a display-less backend)
+
+from dde_fast import levers  # noqa: E402
+from dde_fast.figures import png  # noqa: E402
 
 COLOURS = {
     "salesforce": "tab:red",
@@ -65,43 +68,16 @@ def draw(data: dict) -> plt.Figure:
     return figure
 
 
-def waterfall(data: dict) -> plt.Figure:
-    """Milliseconds per pair: what each lever saves, or costs, and what is left."""
-    rows, machine = data["rows"], data["machine"]
-    left = [1e3 / row["pairs_per_s"] for row in rows]
-    figure, axis = plt.subplots(figsize=(9, 4))
-    axis.bar([0], left[:1], color="tab:red")
-    for i, (before, after) in enumerate(zip(left, left[1:], strict=False), start=1):
-        colour = "tab:green" if after <= before else "tab:orange"
-        axis.bar([i], [abs(before - after)], bottom=min(before, after), color=colour)
-        axis.plot([i - 1.4, i + 0.4], [before, before], "k-", lw=0.5)
-    axis.bar([len(rows)], left[-1:], color="tab:blue")
-    for i, row in enumerate(rows):
-        label = f"{left[i]:.3g}\n{row['times_published']:.2f}×"
-        axis.annotate(label, (i, max(left[max(i - 1, 0)], left[i])), ha="center", va="bottom")
-        # its operations alone, at the rate of a matrix product
-        axis.plot([i - 0.4, i + 0.4], [left[i] * row["share_of_arithmetic"]] * 2, "k:")
-    names = [f"+ {row['name']}" if i else row["name"] for i, row in enumerate(rows)]
-    axis.set_xticks(range(len(rows) + 1), [*names, "ours"], rotation=20, ha="right", fontsize=8)
-    axis.set(ylabel="milliseconds per pair", ylim=(0, 1.25 * max(left)))
-    axis.set_title(
-        f"{data['model']}, {'×'.join(map(str, data['latent']))}, {data['pairs']} pairs, {data['dtype']}; "
-        f"{machine['device']}, {machine['threads']} threads, commit {machine['commit']}\n"
-        "dotted: the models' operations at the rate of a matrix product",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    return figure
-
-
 def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     path = Path(sys.argv[1])
-    data = json.loads(path.read_text(encoding="utf-8"))
-    picture = draw(data) if "benchmarks" in data else waterfall(data)
-    picture.savefig(path.with_suffix(".png"), dpi=110)
-    print(path.with_suffix(".png"))
+    target = path.with_suffix(".png")
+    if levers.is_result(path):
+        target.write_bytes(png(levers.picture(levers.read(path), "step")))
+    else:
+        draw(json.loads(path.read_text(encoding="utf-8"))).savefig(target, dpi=110)
+    print(target)
 
 
 if __name__ == "__main__":

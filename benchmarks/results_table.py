@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from step_table import whole_steps
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MARKERS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.S)
@@ -335,38 +337,6 @@ def experiments(results: Path) -> list[str]:
     return lines
 
 
-def whole_step(data: dict) -> list[str]:
-    """One case of `bench_train_step.py` as a Markdown table, a row per lever."""
-    machine = data["machine"]
-    model = {"embedded": "the embedded model", "sd15": "SD 1.5", "sdxl": "SDXL"}[data["model"]]
-    lines = [
-        f"**One optimizer step of {model} ({data['parameters'] / 1e6:,.0f} M parameters) on "
-        f"{machine['device']}, {machine['threads']} threads.** Commit `{machine['commit']}`, torch "
-        f"{machine['versions']['torch']}. {data['pairs']} pairs, latents "
-        f"{'×'.join(map(str, data['latent']))}, {data['dtype']}; medians of {data['rounds']} rounds "
-        "in which the steps took turns, each with one lever more than the one above. Share of "
-        f"arithmetic: counted operations of the UNets over {1e3 * data['matrix_TFLOPs']:,.0f} "
-        "GFLOP/s, a matrix product's rate in the same rounds.",
-        "",
-        "| | pairs/s (middle half) | × published | share of arithmetic | step + frozen models, GiB | host reads | "
-        "wait for data |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for number, row in enumerate(data["rows"]):
-        memory = f"{row['step_GiB']:.2f} + {row['frozen_GiB']:.2f}"
-        launched = f", {row['launches']:,} launches" if "launches" in row else ""
-        low, high = (
-            data["pairs"] / row["seconds"][f"{end}_quartile"] for end in ("upper", "lower")
-        )
-        lines.append(
-            f"| {'+ ' * (number > 0)}{row['name']} | {row['pairs_per_s']:.3g} ({low:.3g} to "
-            f"{high:.3g}) | "
-            f"{row['times_published']:.2f} | {100 * row['share_of_arithmetic']:.0f} % | {memory} | "
-            f"{row['host_reads']}{launched} | {100 * row['data_wait']:.1f} % |"
-        )
-    return [*lines, ""]
-
-
 def render(results: Path = RESULTS) -> str:
     """The block between README's markers."""
     lines = [""]
@@ -381,9 +351,7 @@ def render(results: Path = RESULTS) -> str:
         lines += picture(path.with_suffix(".png"), "loss, forward and backward")
     for path in sorted(results.glob("data-*.json")):
         lines += reading(json.loads(path.read_text(encoding="utf-8")))
-    for path in sorted(results.glob("train-step-*.json")):
-        lines += whole_step(json.loads(path.read_text(encoding="utf-8")))
-        lines += picture(path.with_suffix(".png"), "one optimizer step, lever by lever")
+    lines += whole_steps(results)
     return "\n".join(lines) + "\n"
 
 

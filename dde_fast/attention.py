@@ -53,6 +53,16 @@ ATTENTION: dict[str, Callable[[UNet2DConditionModel, torch.dtype, torch.device],
 """What sets a UNet's attention, and raises where it cannot be served."""
 
 
+def check_attention(name: str) -> None:
+    """Refuse a name that is not in the table.
+
+    Raises:
+        ValueError: listing those that are.
+    """
+    if name not in ATTENTION:
+        raise ValueError(f"attention: expected one of {list(ATTENTION)}, got {name!r}")
+
+
 def use_attention(
     unet: UNet2DConditionModel, name: str, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -61,8 +71,7 @@ def use_attention(
     Raises:
         ValueError: an unknown name, or one that cannot be served here.
     """
-    if name not in ATTENTION:
-        raise ValueError(f"attention: expected one of {list(ATTENTION)}, got {name!r}")
+    check_attention(name)
     try:
         ATTENTION[name](unet, dtype, device)
     except (RuntimeError, ValueError, ImportError) as error:

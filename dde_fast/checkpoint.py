@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from dde_fast.checkpoint_files import (
     reshard,
     without_pickle,
 )
+from dde_fast.shards import PARTIAL, write_file
 
 MARKER = "COMPLETE"
 SMALL = 2**20
@@ -85,8 +85,10 @@ def save(
         return path
     failures = Failures()
     collect_errors(engine, failures)
-    if first and path.exists():  # torn by a run that was killed here
-        shutil.rmtree(path)
+    if first:  # what a run that was killed here left
+        shutil.rmtree(path, ignore_errors=True)
+        for leftover in directory.glob(f"*{PARTIAL}"):
+            leftover.unlink()
     dist.barrier()
     try:
         # what is frozen is the model's own, which `identity` names
@@ -107,14 +109,13 @@ def save(
         }
         tensors = {name: value.contiguous().cpu() for name, value in loss_fn.state_dict().items()}
         with failures.kept():
-            _write(path / "ratios.safetensors", safetensors.torch.save(tensors))
-            _write(path / "state.json", _json(state))
+            write_file(path / "ratios.safetensors", safetensors.torch.save(tensors))
+            write_file(path / "state.json", _json(state))
     errors = failures.of_all_ranks()
     if first and not errors:
         with failures.kept():
-            _write(path / MARKER, _json(_contents(path)))
-            _write(directory / "latest.new", path.name.encode())
-            os.replace(directory / "latest.new", directory / "latest")
+            write_file(path / MARKER, _json(_contents(path)))
+            write_file(directory / "latest", path.name.encode())
     if errors := errors or failures.of_all_ranks():
         if first:
             _remove(path)
@@ -263,13 +264,6 @@ def _what_is_left(directory: Path) -> str:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=2).encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _contents(path: Path) -> dict[str, Any]:

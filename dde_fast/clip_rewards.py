@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dde_fast import preprocess
 from dde_fast.scorer import Scorer
-from dde_fast.weights import expecting, find_file, pretrained, read, split
+from dde_fast.weights import expecting, find_file, pretrained, read, split, tokenizer_hash
 
 
 def _architecture(vision: dict[str, Any], text: dict[str, Any], projection: int, act: str) -> dict:
@@ -124,6 +124,15 @@ class ClipReward(Scorer):
         pooled = self.clip.text_model(input_ids=tokens.to(self.place.device)).pooler_output
         return F.normalize(self.clip.text_projection(pooled), dim=1)
 
+    def beside(self) -> dict[str, Any]:
+        towers = (self.clip.config.vision_config, self.clip.config.text_config)
+        return {
+            "preprocessing": f"{self.published.pixels.__name__}, {towers[0].image_size} pixels",
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "activations": [tower.hidden_act for tower in towers],
+            "scale": self.published.scale or "exp(logit_scale)",
+        }
+
 
 class LinearHead(nn.Module):
     """The linear layers of the aesthetic predictor and of ImageReward: [B, D] -> [B]."""
@@ -162,6 +171,13 @@ class Aesthetic(Scorer):
     def each(self, images: Tensor, prompts: list[str]) -> Tensor:  # [B, 3, H, W] -> [B]
         pixels = preprocess.openai_clip(images, self.vision.config.image_size)
         return self.head(F.normalize(self.vision(pixel_values=pixels).image_embeds, dim=1))
+
+    def beside(self) -> dict[str, Any]:
+        config = self.vision.config
+        return {
+            "preprocessing": f"openai_clip, {config.image_size} pixels",
+            "activations": [config.hidden_act],
+        }
 
 
 _OUTER = {

@@ -81,22 +81,22 @@ def compare_all(
 
 
 def summarise(
-    scores: Scores, *, seed: int, images_per_prompt: int = 1
+    scores: Scores, pairs: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, dict[str, Any]]:
     """By model and reward: mean, std (of the images, or what a set's scorer says), and the comparison
-    with the first model."""
-    first, *_ = scores.values()
+    with the first model, out of the `pairs` that `compare_all` gives."""
+    first, *_ = scores
+    against = {(reward, p["a"]): p for reward in pairs for p in pairs[reward] if p["b"] == first}
     table: dict[str, dict[str, Any]] = {model: {} for model in scores}
     for model, by_reward in scores.items():
         for reward, values in by_reward.items():
-            if isinstance(values, tuple) or not np.ndim(values):
-                entry = dict(zip(("mean", "std"), map(float, np.atleast_1d(values)), strict=False))
-                if by_reward is not first:
-                    entry["difference"] = entry["mean"] - table[next(iter(scores))][reward]["mean"]
-            else:
+            if reward in pairs:
                 entry = {"mean": float(values.mean()), "std": float(values.std())}
-                if by_reward is not first:
-                    options = {"seed": seed, "images_per_prompt": images_per_prompt}
-                    entry |= compare(values, first[reward], **options)
+                compared = against.get((reward, model), {})
+                entry |= {name: compared[name] for name in compared if name not in ("a", "b")}
+            else:
+                entry = dict(zip(("mean", "std"), map(float, np.atleast_1d(values)), strict=False))
+                if model != first:
+                    entry["difference"] = entry["mean"] - table[first][reward]["mean"]
             table[model][reward] = entry
     return table

@@ -62,8 +62,9 @@ class TrainConfig:
     """Share of the old value an update of the importance ratios keeps (paper: μ = 0.1, read as the
     update rate, hence 0.9)."""
     timestep_low: int = 0
-    """First timestep trained, 0-based (paper: 0). Style: 500. Online, steps from other timesteps are
-    sampled only."""
+    """First timestep trained, 0-based (paper: 0; style: 500). Online 200 unless another is given: the
+    noise of later steps is so small that they would outweigh the others. Online, steps that are not
+    trained are still sampled."""
     timestep_high: int | None = None
     """One past the last timestep trained; None = the schedule's length (paper: 1000)."""
     caption_dropout: float = 0.1
@@ -123,7 +124,17 @@ class TrainConfig:
     seed: int = 0
     """Of data order, noise, timesteps and caption dropout; 0 is a seed like any other."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a fifth more operations."""
+    checkpoint_blocks: str = ""
+    """Recompute those of these blocks of the UNet alone, by name: down_blocks.0,up_blocks.3."""
+    plan: bool = False
+    """Print what to use on this machine's GPUs, with memory and speed to be expected, and end."""
+    plan_gpus: int = 0
+    """GPUs to plan for; 0 = this machine's."""
+    plan_memory: float = 0.0
+    """GiB of each GPU to plan for; 0 = as this machine's have."""
+    plan_share: float = 0.4
+    """Share of the peak that predicted speed assumes; a run's last line says what it was."""
     attention: str = "sdpa"
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
     xformers, or eager."""
@@ -277,9 +288,13 @@ def parse(args: Sequence[str] | None = None) -> TrainConfig:
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     args = [part for arg in args for part in (arg.split("=", 1) if arg[:2] == "--" else [arg])]
+    given = {arg.lstrip("-").replace("-", "_") for arg in args}
     config = parse_command_line(TrainConfig, args, default=PRESETS[preset]())
+    if "timestep_low" not in given:
+        least = get_objective(config.objective).timestep_low
+        config.timestep_low = max(config.timestep_low, least)
     check(config)
-    check_guidance(config, given={arg.lstrip("-").replace("-", "_") for arg in args})
+    check_guidance(config, given)
     config.output = config.output or f"outputs/{config.preset}-{config.objective}"
     return config
 
@@ -338,6 +353,9 @@ def check(config: TrainConfig) -> None:
         ("grid_steps", 1 <= c.grid_steps <= 1000, "1 to 1000"),
         ("grid_guidance", 1 <= c.grid_guidance < math.inf, "at least 1"),
         ("peak_tflops", 0 <= c.peak_tflops < math.inf, "0 (of the known GPUs) or more"),
+        ("plan_gpus", c.plan_gpus >= 0, "0 (this machine's) or more"),
+        ("plan_memory", 0 <= c.plan_memory < math.inf, "0 (as this machine's) or more"),
+        ("plan_share", 0 < c.plan_share <= 1, "above 0, at most 1"),
         ("keep", c.keep >= 0, "0 (all) or a number of checkpoints"),
         ("max_skipped", c.max_skipped >= 1, "at least 1"),
         ("max_winner_error", c.max_winner_error > 1, "above 1"),

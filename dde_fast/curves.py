@@ -76,6 +76,7 @@ METRICS = (
     Metric("reward_win", "Reward of the chosen candidates", "reward", "Mean stepwise reward of the winners."),
     Metric("reward_lose", "Reward of the other candidates", "reward", "Mean stepwise reward of the losers. The distance to the winners is what a step can learn from."),
     Metric("reward_ties", "Ties of the reward", "reward", "Share of pairs whose candidates score the same: they teach nothing."),
+    Metric("reward_failures", "Failures of the reward", "reward", "Share of pairs whose reward is no finite number; their optimizer steps are skipped: 0 is healthy.", smooth=False),
     Metric("logit", "Logit", "details", "Its mean: above 0, winners are preferred on the whole.", 0.0),
     Metric("margin", "Correction m_t", "details", "Mean of the correction term over the pairs; small beside logit / beta.", 0.0),
     Metric("policy_win_error", "Policy's error on winners", "details", "Mean square error of its prediction."),

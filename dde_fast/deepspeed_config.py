@@ -66,7 +66,15 @@ def read_engine_config(config: TrainConfig, world_size: int, together: int = 1) 
         ValueError: unreadable, an unknown key, batch sizes that do not multiply, or a precision
             that DeepSpeed gets wrong.
     """
-    path = config.deepspeed_config
+    return complete(read_json(config.deepspeed_config), config, world_size, together)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """What a DeepSpeed JSON says.
+
+    Raises:
+        ValueError: unreadable, no object, or an unknown key.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             raw = json.load(file, object_pairs_hook=_no_duplicates)
@@ -82,6 +90,21 @@ def read_engine_config(config: TrainConfig, world_size: int, together: int = 1) 
         raise ValueError(
             f"deepspeed_config: expected keys that DeepSpeed knows, got {unknown} in {path!r}"
         )
+    return raw
+
+
+def complete(
+    raw: dict[str, Any], config: TrainConfig, world_size: int, together: int = 1
+) -> EngineConfig:
+    """Complete and check what a DeepSpeed JSON says.
+
+    Args:
+        raw: as `read_json` gives it.
+        config, world_size, together: as in `read_engine_config`.
+
+    Raises:
+        ValueError: as `read_engine_config`.
+    """
     ds = _fill_auto(raw, config)
     for key in ("zero_optimization", "bf16", "bfloat16", "fp16"):
         if not isinstance(ds.get(key, {}), dict):

@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from dde_fast.shards import publish
 
 TINY = Path(__file__).parent / "tiny"
 SPLITS = ("train", "test")
@@ -212,14 +213,8 @@ def pairs_path(name: str, split: str = "train") -> Path:
         counts[caption] = counts.get(caption, 0) + 1
     rows = [_row(name, i, *pair, counts[pair[0]]) for i, pair in enumerate(pairs)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(pa.Table.from_pylist(rows), file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with publish(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows), file)
     return path
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dde_fast import ema
+from dde_fast import activations, ema
 from dde_fast.checkpoint_files import Failures
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
@@ -98,8 +98,7 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
     """
     import deepspeed
 
-    if c.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    activations.recompute(unet, activations.recomputed_blocks(c, activations.blocks_of(unet)))
     unet.train()
     scheduler = functools.partial(
         torch.optim.lr_scheduler.LambdaLR,

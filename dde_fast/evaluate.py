@@ -310,6 +310,7 @@ def evaluate(config: Evaluation) -> dict[str, Any]:
         scorer.to("cpu")  # makes room for the next one
 
     options = {"seed": c.seed, "images_per_prompt": c.images_per_prompt}
+    pairs = compare_all(scores, **options)
     result = {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(c).items()},
         "models": {name: images.model() for name, images in folders.items()},
@@ -317,8 +318,8 @@ def evaluate(config: Evaluation) -> dict[str, Any]:
         "scorers": {spec: scorer.identity() for spec, scorer in scorers.items()},
         "prompts": prompts,
         "seeds": options | {"image": "n = p * images_per_prompt + j has the noise of (seed, p, j)"},
-        "results": summarise(scores, **options),
-        "pairs": compare_all(scores, **options),
+        "results": summarise(scores, pairs),
+        "pairs": pairs,
         "sampled": sum(map(sum, ranks.gather(sampled))),
         "sampling_seconds": round(seconds, 2),
         "versions": versions(),

@@ -123,7 +123,7 @@ def lines(
     log: bool = False,
 ) -> Figure:
     """Lines over steps or timesteps; `level` is drawn across, to compare with."""
-    figure, axes = _panel(title)
+    figure, axes = panel(title)
     shown: dict[str, object] = {}
     for s in series:
         y = np.array([np.nan if value is None else value for value in s.y], dtype=float)
@@ -168,7 +168,7 @@ def heat_map(
     was drawn. With `centre` two colours part there, as far in both directions."""
     from matplotlib.colors import LogNorm, Normalize
 
-    figure, axes = _panel(title, grid=False)
+    figure, axes = panel(title, grid=False)
     kind, colours = (LogNorm, "PuOr_r") if log else (Normalize, "PuOr_r")
     low, high = np.nanmin(values), np.nanmax(values)
     if centre is None:
@@ -202,7 +202,7 @@ def heat_map(
 def shares(title: str, rows: dict[str, dict], look: dict[str, Style]) -> Figure:
     """Win, tie and lose of each model as a bar, with the share won (a tie counts half) and its
     interval where `rows` has a `win_interval`."""
-    figure, axes = _panel(title, height=0.5 * len(rows) + 0.9, grid=False)
+    figure, axes = panel(title, height=0.5 * len(rows) + 0.9, grid=False)
     for place, (model, row) in enumerate(rows.items()):
         left = 0.0
         fills = ((look[model].colour, PAPER, 1.0), (SOFT, INK, 1.0), (look[model].colour, INK, 0.3))
@@ -226,7 +226,7 @@ def shares(title: str, rows: dict[str, dict], look: dict[str, Style]) -> Figure:
 
 def intervals(title: str, rows: dict[str, dict], look: dict[str, Style]) -> Figure:
     """The mean difference to the base of each model with its interval."""
-    figure, axes = _panel(title, height=0.5 * len(rows) + 0.9)
+    figure, axes = panel(title, height=0.5 * len(rows) + 0.9)
     for place, (model, row) in enumerate(rows.items()):
         low, high = row["interval"]
         axes.plot([low, high], [place, place], color=look[model].colour, lw=2.2)
@@ -274,7 +274,8 @@ def _settings(more: dict | None = None):
     return matplotlib.rc_context(FONT | (more or {}))
 
 
-def _panel(title: str, height: float = 2.75, grid: bool = True) -> tuple[Figure, Axes]:
+def panel(title: str, height: float = 2.75, grid: bool = True) -> tuple[Figure, Axes]:
+    """An empty chart in the page's look, and its axes; height in inches."""
     from matplotlib.figure import Figure
 
     with _settings():

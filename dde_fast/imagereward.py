@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from dde_fast import preprocess
 from dde_fast.clip_rewards import LinearHead
 from dde_fast.scorer import Scorer
-from dde_fast.weights import expecting, find_file, from_state, read, split
+from dde_fast.weights import expecting, find_file, from_state, read, split, tokenizer_hash
 
 WEIGHTS, TOKENIZER = "THUDM/ImageReward/ImageReward.pt", "bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -78,6 +80,13 @@ class ImageReward(Scorer):
             encoder_hidden_states=patches,
         ).last_hidden_state
         return (self.head(hidden[:, 0]) - MEAN) / STD
+
+    def beside(self) -> dict[str, Any]:
+        return {
+            "preprocessing": f"openai_clip, {self.vision.config.image_size} pixels",
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "tokens": TOKENS,
+        }
 
 
 _NAMES = (

@@ -6,6 +6,7 @@ torch-fidelity itself cannot be used: its import needs torchvision, and it unpic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,6 +206,9 @@ class InceptionScore(Scorer):
         """Mean and standard deviation over the splits."""
         scores = split_scores(values)
         return scores.mean(), scores.std(correction=0)
+
+    def beside(self) -> dict[str, Any]:
+        return {"preprocessing": f"inception, {SIZE} pixels", "splits": SPLITS}
 
 
 def split_scores(logits: Tensor) -> Tensor:  # [N, classes] -> [SPLITS], float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dde_fast import checkpoint, embedded, lora, models, prepare, schedule
+from dde_fast.activations import blocks_of, recomputed_blocks
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache, is_cache
 from dde_fast.config import TrainConfig
@@ -19,17 +21,19 @@ from dde_fast.engine import device_of_process, say
 from dde_fast.loss import PreferenceLoss
 from dde_fast.metrics import check_wandb
 from dde_fast.objectives import get_objective
-from dde_fast.online import Prompts, check_reward
+from dde_fast.online import check_reward
 from dde_fast.optimizers import load_optimizer, unsplittable
 from dde_fast.prepare import Preparation, PrepareConfig
+from dde_fast.prompt_stream import Prompts
 from dde_fast.prompts import read_prompts
 from dde_fast.provenance import git_commit, versions
 from dde_fast.reference_scores import ReferenceScores, settings_of
+from dde_fast.shards import PARTIAL
 from dde_fast.trajectories import DDIMSteps
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs "
+    "checkpoint_blocks plan plan_gpus plan_memory plan_share backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs "
     "validation_split validation_limit validation_draws validation_every grid_every grid_prompts "
     "grid_images grid_steps grid_guidance prompts reward wandb_project peak_tflops keep "
     "max_skipped max_winner_error".split()
@@ -110,6 +114,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
     timesteps = loss_fn.timestep_probabilities(c.timestep_low, c.timestep_high)
     unet = models.load_unet(c.model)
     use_attention(unet, c.attention, e.dtype, device_of_process())
+    recomputed_blocks(c, blocks_of(unet))  # whether it has them
 
     # What a continuation must share with its beginning
     weights = models.fingerprint(unet)
@@ -224,14 +229,29 @@ def open_scores(
         caption_dropout=c.caption_dropout,
         dtype=e.dtype,
     )
-    scores = ReferenceScores.open(pairs, settings, c.reference_scores)
+    scores = ReferenceScores.open(pairs, settings, c.reference_scores, scoring_command(c, e))
     say(f"reference scores: {scores.draws} draws per pair, cycled through; no reference is loaded")
     return scores
 
 
+def scoring_command(c: TrainConfig, e: EngineConfig) -> str:
+    """The command line that computes a run's reference scores."""
+    # scores are written into a folder; a cache behind a URL is to be copied
+    flags = {"output": "LOCAL_COPY" if "://" in c.pairs else c.pairs, "model": c.model}
+    flags["reference_scores"] = c.reference_scores
+    names = ("objective", "timestep_low", "timestep_high", "caption_dropout", "seed")
+    given = {name: getattr(c, name) for name in names}
+    given["precision"] = str(e.dtype).removeprefix("torch.")
+    flags |= {k: value for k, value in given.items() if value != getattr(PrepareConfig, k)}
+    parts = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items()]
+    return " ".join(["python -m dde_fast.prepare", *parts])
+
+
 def _is_free(output: Path) -> bool:
-    """Whether nothing is there but what a killed run had begun to encode."""
-    return output.is_dir() and all(path.name.startswith("cache") for path in output.iterdir())
+    """Whether nothing is there but what a killed run had begun to encode or to write."""
+    names = [path.name for path in output.glob("*")]
+    begun = all(name.startswith("cache") or name.endswith(PARTIAL) for name in names)
+    return output.is_dir() and begun
 
 
 def place_of_run(c: TrainConfig) -> checkpoint.Checkpoint | None:

@@ -104,11 +104,15 @@ def shard_names(kind: str, rows: int, shard_size: int) -> list[str]:
     return [f"{kind}-{i:05d}.safetensors" for i in range(-(-rows // shard_size))]
 
 
+def in_words(reasons: Mapping[str, int]) -> str:
+    """How often each reason for leaving a row out is there."""
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
 def describe(counts: Mapping[str, int], rejected: Mapping[str, int]) -> str:
     """Counts of pairs, images and prompts, and of what was left out, in words."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
     text = "{pairs} pairs of {images} images and {prompts} prompts".format(**counts)
-    return text + (f" (left out: {reasons})" if reasons else "")
+    return text + (f" (left out: {in_words(rejected)})" if rejected else "")
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,12 @@ class Manifest:
         )
 
 
+def write_rejected(folder: Path, rejected: Iterable[dict[str, Any]]) -> None:
+    """Write a record for each row left out."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
+    write_file(folder / REJECTED, "".join(lines).encode(errors="replace"))
+
+
 def write_index(
     folder: Path,
     *,
@@ -214,8 +224,7 @@ def write_index(
     """
     fingerprint = fingerprint_of(settings)
     write_shard(folder / PAIRS, dict(columns), fingerprint, {})
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in rejected)
-    write_file(folder / REJECTED, "".join(lines).encode(errors="replace"))
+    write_rejected(folder, rejected)
     every = {**shards, PAIRS: open_shard(folder / PAIRS)}
     manifest = Manifest(
         settings=settings,

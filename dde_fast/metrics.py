@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dde_fast.loss import PreferenceOutput
+from dde_fast.shards import PARTIAL, write_file
 
 BINS = 10
 """Equal parts of the schedule for which every metric of the pairs is logged by itself."""
@@ -175,7 +176,7 @@ class RunLog:
         wandb_project: str = "",
     ):
         self.last_step, self.last_time, self.last_waited = start, time.perf_counter(), 0.0
-        self.batch = batch
+        self.batch, self.rates = batch, []
         self.output, self.pairs_at_peak, self.wandb = output, pairs_at_peak, None
         self.active = dist.get_rank() == 0
         self.bar = tqdm(
@@ -188,14 +189,14 @@ class RunLog:
         if not self.active:
             return
         output.mkdir(parents=True, exist_ok=True)
-        (output / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        for leftover in output.glob(f"*{PARTIAL}"):  # of a run that was killed
+            leftover.unlink()
+        write_file(output / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
         self.metrics = output / "metrics.jsonl"
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         # a run killed after its last checkpoint has logged steps that are taken again now
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        # by replacing it: a kill in between would lose the others
-        (output / "metrics.new").write_text("".join(line + "\n" for line in kept))
-        os.replace(output / "metrics.new", self.metrics)
+        write_file(self.metrics, "".join(line + "\n" for line in kept).encode())
         self.tensorboard = SummaryWriter(output / "tensorboard", purge_step=start + 1)
         if wandb_project:
             self.wandb = start_wandb(wandb_project, output, settings)
@@ -227,6 +228,7 @@ class RunLog:
         now = time.perf_counter()
         seconds, data_wait = now - self.last_time, waited - self.last_waited
         rate = (step - self.last_step) * self.batch / seconds
+        self.rates.append(rate)
         self.last_step, self.last_time, self.last_waited = step, now, waited
         if self.active:
             record = {"step": step, **metrics, "learning_rate": learning_rate}
@@ -254,9 +256,9 @@ class RunLog:
             return
         path = self.output / name / f"step-{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_suffix(".new")
-        picture.save(unfinished, "png")
-        os.replace(unfinished, path)
+        file = io.BytesIO()
+        picture.save(file, "png")
+        write_file(path, file.getvalue())
         self.tensorboard.add_image(name, np.asarray(picture), step, dataformats="HWC")
         if self.wandb is not None:
             import wandb
@@ -304,7 +306,7 @@ def start_wandb(project: str, output: Path, settings: dict[str, Any]):
 
     identity = output / "wandb_run"
     if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8])
+        write_file(identity, uuid.uuid4().hex[:8].encode())
     run = wandb.init(
         project=project,
         name=output.name,

@@ -12,12 +12,12 @@ reference is the same UNet in the compute dtype.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from torch import Tensor
+
+from dde_fast.provenance import content_hash
+from dde_fast.weights import expecting, tokenizer_hash
 
 
 def quiet_libraries() -> None:
@@ -75,6 +78,8 @@ DECODED_AT_ONCE = 2**21
 
 _VARIANTS = (None, "fp16")
 """Names that weight files go by: model.safetensors, model.fp16.safetensors."""
+
+_expecting = partial(expecting, argument="model", hint="")
 
 
 @dataclass(frozen=True)
@@ -128,18 +133,6 @@ class Source:
             except (OSError, ValueError) as error:
                 failures.append(error)
         raise failures[0]
-
-
-@contextlib.contextmanager
-def _expecting(what: str, where: str) -> Iterator[None]:
-    """What the libraries raise on broken files, as an error that names the argument."""
-    try:
-        yield
-    except Exception as error:  # a missing key, a wrong type, a header that is none, …
-        if isinstance(error, ImportError) or str(error).startswith("model: "):
-            raise
-        got = f"{where!r} ({type(error).__name__}: {error})"
-        raise ValueError(f"model: expected {what}, got {got}") from None
 
 
 def locate(model: str | Path) -> Source:
@@ -337,9 +330,7 @@ class Encoders:
         for (tokenizer, encoder), own, module in zip(
             self.family.text, self.tokenizers, self.text_encoders, strict=True
         ):
-            found[tokenizer] = _sha256(
-                json.dumps([sorted(own.get_vocab().items()), own.model_max_length])
-            )
+            found[tokenizer] = tokenizer_hash(own)
             found[encoder] = fingerprint(module)
         return found
 
@@ -372,10 +363,5 @@ def _sha256(text: str) -> str:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """SHA-256 of names, shapes and values of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        values = parameter.detach().float().cpu().contiguous().numpy()
-        digest.update(f"{name} {list(parameter.shape)}".encode())
-        digest.update(values)
-    return digest.hexdigest()
+    """SHA-256 of names, shapes and values of all parameters, in whatever dtype they are."""
+    return content_hash((name, value.float()) for name, value in module.named_parameters())

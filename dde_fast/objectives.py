@@ -23,6 +23,10 @@ from torch import Tensor
 DISCOUNT, DISCOUNT_STEPS = 0.9, 50
 """γ and n of `discounted`: the published code weighs 50 sampling steps by 0.9^i."""
 
+ONLINE_LOW = 200
+"""First timestep that the trainer trains online: ω_t = B²/(2σ²) of the last step, whose noise all but
+vanishes, is tens of times that of the others."""
+
 
 def uniform(num_timesteps: int) -> Tensor:
     """P(t) ∝ 1, float64 [T]."""
@@ -51,6 +55,8 @@ class Objective:
     """False: d = e_policy, and beta plays no role."""
     lose_weight: float = 1.0
     """a_l, the weight of the loser's d beside the winner's."""
+    timestep_low: int = 0
+    """First timestep that the trainer trains unless another is given."""
     guided: bool = False
     """Whether winners move along the reward's gradient, which must then exist."""
     source: str = ""
@@ -84,9 +90,11 @@ OBJECTIVES: dict[str, Objective] = {
             lose_weight=0.0,
             source="mean square error on the winners",
         ),
-        Objective("tailorpo", None, source="arXiv 2502.01667"),
-        Objective("tailorpo-g", None, guided=True, source="arXiv 2502.01667"),
-        Objective("d3po", None, source="arXiv 2311.13231"),
+        Objective("tailorpo", None, timestep_low=ONLINE_LOW, source="arXiv 2502.01667"),
+        Objective(
+            "tailorpo-g", None, timestep_low=ONLINE_LOW, guided=True, source="arXiv 2502.01667"
+        ),
+        Objective("d3po", None, timestep_low=ONLINE_LOW, source="arXiv 2311.13231"),
     )
 }
 

@@ -19,10 +19,9 @@ and backward for the winner. Guidance runs each on prompt and empty caption.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,87 +29,11 @@ from torch import Tensor
 from dde_fast import models, noise
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
-from dde_fast.loader import PairStream
 from dde_fast.loss import PreferenceLoss, PreferenceOutput
 from dde_fast.objectives import get_objective
-from dde_fast.prompts import read_prompts
-from dde_fast.rewards import REWARDS, find, load_reward
+from dde_fast.prompt_stream import PromptBatch, Prompts
+from dde_fast.rewards import REWARDS, find, load_reward, score
 from dde_fast.trajectories import DDIMSteps
-
-
-class Prompts:
-    """The prompts of a run, numbered in their order.
-
-    Args:
-        prompts, split: as in `prompts.read_prompts`.
-
-    Raises:
-        ValueError: as there.
-    """
-
-    def __init__(self, prompts: str, split: str):
-        self.name, self.names = prompts, read_prompts(prompts, split=split)
-        self.fingerprint = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
-
-    def __str__(self) -> str:
-        return f"{len(self.names)} of {self.name}"
-
-
-@dataclass
-class PromptBatch:
-    """One denoising step of B trajectories."""
-
-    captions: list[str]
-    prompt_ids: Tensor
-    """int64 [B], on the device."""
-    epochs: Tensor
-    """int64 [B]: how often each prompt was drawn before."""
-    step: int
-    """Which of the trained steps, 0 … S-1: 0 begins new trajectories."""
-
-
-class PromptStream:
-    """Iterates over the denoising steps of group after group.
-
-    Args:
-        prompts: what to draw from, epoch after epoch, each in an order of its own.
-        slices: (start, stop) of each group in the stream.
-        steps: S, how often each group comes.
-        seed: of the order.
-        device: of the batches.
-    """
-
-    waited = 0.0
-    """As `Loader.waited`."""
-
-    def __init__(
-        self,
-        prompts: Prompts,
-        slices: Iterable[tuple[int, int]],
-        steps: int,
-        *,
-        seed: int,
-        device: torch.device,
-    ):
-        self.prompts, self.steps, self.device = prompts, steps, device
-        self.stream = PairStream(torch.arange(len(prompts.names)), seed)
-        self._batches = self._all(slices)
-
-    def __next__(self) -> PromptBatch:
-        return next(self._batches)
-
-    def _all(self, slices: Iterable[tuple[int, int]]) -> Iterator[PromptBatch]:
-        for start, stop in slices:
-            rows, epochs = self.stream[start:stop]
-            captions = [self.prompts.names[i] for i in rows.numpy()]
-            if self.device.type == "cuda":
-                rows, epochs = rows.pin_memory(), epochs.pin_memory()
-            rows, epochs = (x.to(self.device, non_blocking=True) for x in (rows, epochs))
-            for step in range(self.steps):
-                yield PromptBatch(captions, rows, epochs, step)
-
-    def close(self) -> None:
-        """Nothing runs ahead."""
 
 
 def trained_steps(c: TrainConfig) -> int:
@@ -126,11 +49,11 @@ def trained_steps(c: TrainConfig) -> int:
 
 
 def check_reward(c: TrainConfig, prompts: Prompts) -> str:
-    """What identifies the content of the reward, which is loaded.
+    """What identifies the content of the reward, which is loaded and tried.
 
     Raises:
         ValueError, ImportError: it cannot be loaded, scores sets of images only, has no gradient
-            where the objective needs one, or cannot score every prompt.
+            where the objective needs one, cannot score every prompt, or gives no finite number.
     """
     guided = get_objective(c.objective).guided
     fit = [n for n, r in REWARDS.items() if r.per == "image" and (r.differentiable or not guided)]
@@ -142,10 +65,34 @@ def check_reward(c: TrainConfig, prompts: Prompts) -> str:
                 f"rewards: expected {kind} of single images, {', '.join(fit)}, got {c.reward!r}"
             )
         scorer = load_reward(c.reward)
+        scorer.check(prompts.names)
+        tried = score(scorer, torch.full((1, 3, 64, 64), 0.5), prompts.names[:1], batch=1)
+        if not tried.isfinite().all():
+            raise ValueError(
+                f"rewards: expected a finite score of {c.reward!r}, got {tried.item()} for an image "
+                f"all grey and {prompts.names[0]!r}"
+            )
     except ValueError as error:  # of evaluation's argument
         raise ValueError(str(error).replace("rewards: ", "reward: ", 1)) from None
-    scorer.check(prompts.names)
     return f"{name}, content {scorer.identity()['sha256'][:16]}"
+
+
+def reward_failure(record: dict[str, Any], reward: str) -> str | None:
+    """What to tell of a reward that fails.
+
+    Args:
+        record: as `Meter.read` gives it.
+        reward: as in `TrainConfig`.
+    """
+    share = record.get("reward_failures", 0.0)
+    if not share:
+        return None
+    parts = record["by_timestep"]["reward_failures"]
+    return (
+        f"the reward {reward!r} gave no finite number, or no finite gradient, for {share:.2%} of the "
+        f"pairs since the last line, at timesteps {', '.join(t for t in parts if parts[t])}: their "
+        "optimizer steps were skipped"
+    )
 
 
 @dataclass
@@ -161,6 +108,8 @@ class OnlineOutput(PreferenceOutput):
     """[B], of what the trajectories ended in, x̂_0 after the last trained step; nan at the others,
     which a mean leaves out. TailorPO's are of the winners of every step, above what the policy
     samples by itself; D3PO's are the mean of both trajectories."""
+    failed: Tensor
+    """bool [B]: of finite images the reward or its gradient is not finite."""
 
     def per_pair(self) -> dict[str, Tensor]:
         return super().per_pair() | {
@@ -168,6 +117,7 @@ class OnlineOutput(PreferenceOutput):
             "reward_win": self.reward_win,
             "reward_lose": self.reward_lose,
             "reward_ties": (self.reward_win == self.reward_lose).float(),
+            "reward_failures": self.failed.float(),
         }
 
 
@@ -255,13 +205,25 @@ class OnlineForward:
         z = self.noise(i + 1, 2)[:count].flatten(0, 1)
         return self.steps.step(i, prediction, sample, z, self.c.backend)
 
-    def rewards(self, i: int, sample: Tensor) -> Tensor:
-        """r(c, x̂_0) of what step i led to, [K·B]; differentiable with respect to it."""
-        t = self.steps.previous[i]
-        if i + 1 < len(self.steps):  # x̂_0 of an image is the image
-            sample = self.steps.denoised(t, self.predict(self.engine.module, t, sample), sample)
+    def ahead(self, i: int, sample: Tensor) -> Tensor | None:
+        """The policy's prediction at what step i led to; None where that are images."""
+        if i + 1 == len(self.steps):
+            return None
+        return self.predict(self.engine.module, self.steps.previous[i], sample)
+
+    def scored(self, i: int, sample: Tensor, ahead: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """r(c, x̂_0) of what step i led to, [K·B], differentiable with respect to it and to the
+        prediction there; and bool [K·B], where it is not finite though its image is."""
+        if ahead is not None:  # x̂_0 of an image is the image
+            sample = self.steps.denoised(self.steps.previous[i], ahead, sample)
+        images = self.encoders.decode(sample)
         captions = self.batch.captions * (len(sample) // len(self.batch.captions))
-        return self.reward(self.encoders.decode(sample), captions).float()
+        rewards = self.reward(images, captions).float()
+        return rewards, ~rewards.isfinite() & images.isfinite().flatten(1).all(1)
+
+    def rewards(self, i: int, sample: Tensor) -> Tensor:
+        """r(c, x̂_0) of what step i led to, [K·B]."""
+        return self.scored(i, sample, self.ahead(i, sample))[0]
 
     def output(
         self,
@@ -271,6 +233,7 @@ class OnlineForward:
         sample: Tensor,  # like policy
         candidates: Tensor,  # [2B, C, H, W], winners first
         rewards: Tensor,  # [2B], winners first
+        failed: Tensor,  # bool [B]
     ) -> OnlineOutput:
         """The loss of step i."""
         target = self.steps.target(i, candidates, sample)
@@ -279,7 +242,9 @@ class OnlineForward:
         win, lose = rewards.chunk(2)
         out = self.loss_fn(policy, reference, target, self.steps.time(i, len(win)))
         ended = win if i == self.trained[-1] else torch.full_like(win, float("nan"))
-        return OnlineOutput(**vars(out), reward_win=win, reward_lose=lose, reward=ended)
+        return OnlineOutput(
+            **vars(out), reward_win=win, reward_lose=lose, reward=ended, failed=failed
+        )
 
 
 def ranked(rewards: Tensor) -> Tensor:  # [2B] -> int64 [2B]
@@ -306,13 +271,17 @@ class TailorPO(OnlineForward):
         with torch.no_grad():
             z = self.noise(i + 1, 2).flatten(0, 1)
             made = self.steps.step(i, policy.detach(), sample, z, self.c.backend)
-            rewards = self.rewards(i, made)
+            rewards, failed = self.scored(i, made, self.ahead(i, made))
             order = ranked(rewards)
             winners, losers = made[order].chunk(2)
-        winners = self.moved(i, winners)
-        self.sample, self.at = winners, i + 1
-        candidates = torch.cat([winners, losers])
-        return self.output(i, policy, reference, sample, candidates, rewards[order])
+        moved = self.moved(i, winners)
+        rewards = rewards[order]
+        # or a finite reward's gradient is not finite
+        astray = rewards[: len(moved)].isfinite() & ~moved.isfinite().flatten(1).all(1)
+        failed = failed.reshape(2, -1).any(0) | astray
+        self.sample, self.at = moved, i + 1
+        candidates = torch.cat([moved, losers])
+        return self.output(i, policy, reference, sample, candidates, rewards, failed)
 
     def moved(self, i: int, winners: Tensor) -> Tensor:
         """Where the winners of step i go on from."""
@@ -329,9 +298,29 @@ class GuidedTailorPO(TailorPO):
         """x⁺ = x - η_g ∇ ½(R_high - r(c, x̂_0(x)))². No weight gets a gradient."""
         with torch.enable_grad():
             x = winners.detach().requires_grad_()
-            away = 0.5 * (self.c.reward_target - self.rewards(i, x)).square().sum()
-            (gradient,) = torch.autograd.grad(away, x)
+            ahead = self.ahead(i, x)
+            # cut at the prediction: what comes after it is float32, the UNet need not be
+            inputs = [x] if ahead is None else [x, ahead.detach().requires_grad_()]
+            rewards, _ = self.scored(i, *inputs)
+            away = 0.5 * (self.c.reward_target - rewards).square().sum()
+            gradient, *at_prediction = torch.autograd.grad(away, inputs, materialize_grads=True)
+            for part in at_prediction:
+                gradient = gradient + pulled_back(ahead, x, part)
         return winners - self.c.reward_step * gradient
+
+
+def pulled_back(output: Tensor, x: Tensor, gradient: Tensor) -> Tensor:  # each [B, C, H, W]
+    """The gradient with respect to x that one with respect to a UNet's output stands for.
+
+    On its way each sample's is scaled by a power of two so that its largest element is between ½ and
+    1, as a loss scale does for weights: a UNet in fp16 would round what is below 6e-8 to nothing.
+    """
+    largest = gradient.flatten(1).abs().amax(1)
+    # 2^100 and a gradient of zeros stay finite
+    exponent = torch.frexp(largest).exponent.clamp(min=-100)
+    scale = torch.ldexp(torch.ones_like(largest), -exponent).reshape(-1, 1, 1, 1)
+    (found,) = torch.autograd.grad(output, x, gradient * scale)
+    return found / scale
 
 
 class D3PO(OnlineForward):
@@ -342,9 +331,10 @@ class D3PO(OnlineForward):
         path = [super().begin(batch).repeat(2, 1, 1, 1)]
         for i in range(len(self.steps)):
             path.append(self.advance(i, path[-1], 2))
-        rewards = self.rewards(len(self.steps) - 1, path[-1])
+        rewards, failed = self.scored(len(self.steps) - 1, path[-1])
         order = ranked(rewards)
         self.path, self.final = [sample[order] for sample in path], rewards[order]
+        self.failed = failed.reshape(2, -1).any(0)
         return self.path[0]
 
     def __call__(self, batch: PromptBatch) -> OnlineOutput:
@@ -355,7 +345,7 @@ class D3PO(OnlineForward):
         with torch.no_grad():
             reference = self.predict(self.reference, t, sample)
         policy = self.predict(self.engine, t, sample)
-        out = self.output(i, policy, reference, sample, made, self.final)
+        out = self.output(i, policy, reference, sample, made, self.final, self.failed)
         return replace(out, reward=self.final.reshape(2, -1).mean(0))
 
 

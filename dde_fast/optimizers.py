@@ -77,6 +77,18 @@ def unsplittable(c: TrainConfig, e: EngineConfig) -> str | None:
     return "the maxima of amsgrad" if params.get("amsgrad") else None
 
 
+def check_optimizer(c: TrainConfig) -> None:
+    """Refuse an optimizer that is not in the table.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    if c.optimizer not in ("auto", *OPTIMIZERS):
+        raise ValueError(
+            f"optimizer: expected auto or one of {list(OPTIMIZERS)}, got {c.optimizer!r}"
+        )
+
+
 def load_optimizer(
     c: TrainConfig, e: EngineConfig
 ) -> Callable[[Any], torch.optim.Optimizer] | None:
@@ -86,10 +98,7 @@ def load_optimizer(
         ValueError: an unknown name, a package that is not installed, or a contradiction to the
             DeepSpeed JSON.
     """
-    if c.optimizer not in ("auto", *OPTIMIZERS):
-        raise ValueError(
-            f"optimizer: expected auto or one of {list(OPTIMIZERS)}, got {c.optimizer!r}"
-        )
+    check_optimizer(c)
     if "optimizer" in e.json:
         if c.optimizer != "auto":
             raise ValueError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dde_fast import images
 from dde_fast.images import Geometry
-from dde_fast.manifest import COLUMNS, EMPTY_CAPTION, describe, shard_names
+from dde_fast.manifest import COLUMNS, EMPTY_CAPTION, describe, in_words, shard_names
 from dde_fast.pairs import Image, Pair, Rejected, Source
 
 
@@ -121,7 +121,7 @@ def count_reasons(rejected: Iterable[Rejected]) -> dict[str, int]:
 
 def _check_some(pairs: list, rejected: list[Rejected]) -> None:
     if not pairs:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in count_reasons(rejected).items())
+        reasons = in_words(count_reasons(rejected))
         raise ValueError(
             f"pairs: expected at least one usable pair, got none of {len(rejected)} rows"
             + (f": {reasons}" if reasons else "")

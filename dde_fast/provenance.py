@@ -1,15 +1,21 @@
-"""What a result was made with: commit, versions, machine."""
+"""What a result was made with: commit, versions, machine, content."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
-import diffusers
 import torch
+from torch import Tensor
 
 import dde_fast
+
+PACKAGES = ("torch", "diffusers", "transformers", "deepspeed")
+"""What the numbers depend on; those that are not installed are left out."""
 
 
 def git_commit() -> str | None:
@@ -27,11 +33,30 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    return {
-        "dde_fast": dde_fast.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
+    """What the numbers were made with; nothing is imported for it."""
+    found = {"dde_fast": dde_fast.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["python"] = platform.python_version()
+    found["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def content_hash(tensors: Iterable[tuple[str, Tensor]], beside: str = "") -> str:
+    """SHA-256 of tensors: of each its label, its shape and the bytes of its values.
+
+    Args:
+        tensors: (label, values), in an order that is part of the hash.
+        beside: what is hashed before them.
+    """
+    digest = hashlib.sha256(beside.encode())
+    for label, tensor in tensors:
+        digest.update(f"{label} {list(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy())  # NumPy knows no bfloat16
+    return digest.hexdigest()

@@ -32,6 +32,8 @@ from dde_fast.shards import check_content, open_shard
 SETTINGS, PREFIX = "settings.json", "reference-"
 SHARDS = 8
 """Pairs per file, in the cache's shard size: what a killed process does again."""
+COMMAND = "python -m dde_fast.prepare --reference_scores"
+"""What computes them."""
 
 
 def settings_of(
@@ -106,8 +108,16 @@ class ReferenceScores:
         return self.errors[draws, index].T.reshape(-1)
 
     @classmethod
-    def open(cls, cache: Cache, settings: dict[str, Any], draws: int) -> ReferenceScores:
+    def open(
+        cls, cache: Cache, settings: dict[str, Any], draws: int, command: str = COMMAND
+    ) -> ReferenceScores:
         """Read K draws of the scores in a cache that follow from these settings.
+
+        Args:
+            cache: of the pairs.
+            settings: as `settings_of` gives them.
+            draws: K.
+            command: what computes them, for the message.
 
         Raises:
             ValueError: there are none, fewer draws than asked for, or a damaged file; the message
@@ -118,15 +128,14 @@ class ReferenceScores:
             files, root = fsspec.url_to_fs(cache.location)
         place = f"{root}/{folder_of(settings)}"
         if not files.isdir(place):
-            raise ValueError(_explain(files, root, cache, settings, draws))
+            raise ValueError(_explain(files, root, cache, settings, command))
         found: list[Tensor] = []
         for draw in range(draws):
             names = files_of(draw, cache)
             if not all(files.isfile(f"{place}/{name}") for name in names):
                 raise ValueError(
                     f"reference_scores: expected at most the {len(found)} whole draws in "
-                    f"{cache.location!r}, got {draws}; `python -m dde_fast.prepare "
-                    "--reference_scores` with the other options as before computes what is missing"
+                    f"{cache.location!r}, got {draws}; run {command}"
                 )
             blocks = [_read(files, f"{place}/{name}", settings) for name in names]
             found.append(torch.cat(blocks))
@@ -156,7 +165,7 @@ def _read(files: fsspec.AbstractFileSystem, path: str, settings: dict[str, Any])
             ) from None
 
 
-def _explain(files, root: str, cache: Cache, settings: dict[str, Any], draws: int) -> str:
+def _explain(files, root: str, cache: Cache, settings: dict[str, Any], command: str) -> str:
     """Why no scores in a cache fit: what the nearest ones were made with."""
     others = []
     for path in files.ls(root, detail=False):
@@ -174,7 +183,5 @@ def _explain(files, root: str, cache: Cache, settings: dict[str, Any], draws: in
         )
     return (
         f"reference_scores: expected scores of this run's reference, pairs and draws in "
-        f"{cache.location!r}, got {got}; python -m dde_fast.prepare --output CACHE --model MODEL "
-        f"--reference_scores {draws} computes them, with --seed, --objective, --timestep_low, "
-        "--timestep_high, --caption_dropout and --precision as in training"
+        f"{cache.location!r}, got {got}; run {command}"
     )

@@ -7,7 +7,8 @@ folder is then a `--pairs` for training.
 
 Columns kept: all of Pick-a-Pic's. Written anew: label_0 and label_1 (1 and 0 by the first reward; 0.5
 and 0.5 where its scores are equal), best_image_uid ("tie" for a tie), has_label. Added: the scores,
-REWARD_0 and REWARD_1 for each reward. A row whose caption or images cannot be read is kept, unlabelled.
+REWARD_0 and REWARD_1 for each reward, and `unlabelled`: why a row has no label, its caption or images
+being of no use; else null. Rows of other sources that are no pairs stand in rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from tqdm import tqdm
 
 from dde_fast import embedded, images, rewards
 from dde_fast.images import Unusable
-from dde_fast.manifest import check_settings, write_settings
-from dde_fast.pairs import Pair, Source, open_source
+from dde_fast.manifest import check_settings, in_words, write_rejected, write_settings
+from dde_fast.pairs import Pair, Rejected, Source, open_source
 from dde_fast.parquet_pairs import IMAGES, UIDS, PickAPic, as_bytes
+from dde_fast.plan import count_reasons
 from dde_fast.records import check_caption
 from dde_fast.shards import PARTIAL, publish
 
@@ -74,10 +76,13 @@ def relabel(
     identities = [scorer.identity() for scorer in scorers.values()]
     settings = {"source": source.fingerprint(), "rewards": identities}
     check_settings(output, settings, "relabelled pairs")
-    parts = parts_of(source)
+    parts, rejected = parts_of(source)
     if not parts:
-        raise ValueError(f"relabel: expected at least one pair, got none in {pairs!r}")
+        why = f": {in_words(count_reasons(rejected))}" * bool(rejected)
+        raise ValueError(f"relabel: expected at least one pair, got none in {pairs!r}{why}")
     write_settings(output, settings)
+    if rejected:
+        write_rejected(output, map(asdict, rejected))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     paths = [output / f"{split}-{i:05d}-of-{len(parts):05d}.parquet" for i in range(len(parts))]
     own, label = list(zip(parts, paths, strict=True))[rank::ranks], Labeller(scorers, batch, device)
@@ -88,7 +93,8 @@ def relabel(
             write_tables(path, map(label, part))
     if lacking := sum(not path.is_file() for path in paths):
         return f"part {rank} of {ranks} is done; {lacking} of {len(parts)} files are still missing"
-    return f"relabelled: {count(paths)} in {output}"
+    said = f"relabelled: {count(paths)} in {output}"
+    return said + f"; left out: {in_words(count_reasons(rejected))}" * bool(rejected)
 
 
 @dataclass
@@ -107,12 +113,15 @@ class Part:
             yield _table(self.source, self.rows[start : start + ROWS])
 
 
-def parts_of(source: Source) -> list[Part]:
-    """The parts that a source is written in."""
+def parts_of(source: Source) -> tuple[list[Part], list[Rejected]]:
+    """The parts that a source is written in, and its rows that are in none of them."""
     if isinstance(source, PickAPic):
-        return [Part(source, place) for place in source.groups()]
-    pairs = [row for row in source.rows() if isinstance(row, Pair)]
-    return [Part(source, pairs[i : i + PART]) for i in range(0, len(pairs), PART)]
+        return [Part(source, place) for place in source.groups()], []
+    pairs: list[Pair] = []
+    rejected: list[Rejected] = []
+    for row in source.rows():
+        (pairs if isinstance(row, Pair) else rejected).append(row)
+    return [Part(source, pairs[i : i + PART]) for i in range(0, len(pairs), PART)], rejected
 
 
 def _table(source: Source, pairs: Sequence[Pair]) -> pa.Table:
@@ -142,7 +151,7 @@ class Labeller:
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with labels and scores."""
         rows = [_readable(*row) for row in _captions_and_images(table)]
-        good = [number for number, row in enumerate(rows) if row is not None]
+        good = [number for number, row in enumerate(rows) if not isinstance(row, Unusable)]
         captions = [rows[number][0] for number in good]
         scores = {
             name: np.stack(
@@ -151,7 +160,9 @@ class Labeller:
             for name in self.scorers
         }
         first, *_ = scores.values()
-        columns: dict[str, list[Any]] = {"has_label": [row is not None for row in rows]}
+        why = [row.reason if isinstance(row, Unusable) else None for row in rows]
+        columns: dict[str, list[Any]] = {"has_label": [reason is None for reason in why]}
+        columns["unlabelled"] = why
         found = {"label": (np.sign(first - first[::-1]) + 1) / 2} | scores
         for name, (zero, one) in found.items():
             columns |= {f"{name}_0": _spread(zero, good, len(rows))}
@@ -190,7 +201,7 @@ class Labeller:
         return found
 
 
-_TYPES = {"best_image_uid": pa.string(), "has_label": pa.bool_()}
+_TYPES = {"best_image_uid": pa.string(), "has_label": pa.bool_(), "unlabelled": pa.string()}
 
 
 def _captions_and_images(table: pa.Table) -> Iterator[tuple]:
@@ -198,8 +209,8 @@ def _captions_and_images(table: pa.Table) -> Iterator[tuple]:
     return zip(captions, *(table.column(name).to_pylist() for name in IMAGES), strict=True)
 
 
-def _readable(caption: Any, *encoded: Any) -> tuple[str, Tensor, Tensor] | None:
-    """Caption and both images of a row, or None where training could not use it either."""
+def _readable(caption: Any, *encoded: Any) -> tuple[str, Tensor, Tensor] | Unusable:
+    """Caption and both images of a row, or why training could not use it either."""
     try:
         decoded = (
             images.decode(image.get("bytes") if isinstance(image, dict) else image)
@@ -207,8 +218,8 @@ def _readable(caption: Any, *encoded: Any) -> tuple[str, Tensor, Tensor] | None:
         )
         first, second = (torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in decoded)
         return check_caption(caption), first, second
-    except Unusable:
-        return None
+    except Unusable as why:
+        return why.with_traceback(None)  # whose frames hold the images
 
 
 def _spread(values: Iterable[float], rows: Sequence[int], count: int) -> list[float | None]:
@@ -232,7 +243,10 @@ def write_tables(path: Path, tables: Iterable[pa.Table]) -> None:
 def count(paths: Sequence[Path]) -> str:
     """How many pairs files hold, in words."""
     labels: Counter = Counter()
+    reasons: Counter = Counter()
     for path in paths:
-        labels.update(pq.read_table(path, columns=["label_0"]).column(0).to_pylist())
-    total = sum(labels.values())
-    return f"{total} pairs, {labels[0.5]} tied, {labels[None]} without a readable caption or image"
+        table = pq.read_table(path, columns=["label_0", "unlabelled"])
+        labels.update(table.column("label_0").to_pylist())
+        reasons.update(table.column("unlabelled").drop_null().to_pylist())
+    said = f"{sum(labels.values())} pairs, {labels[0.5]} tied"
+    return said + f", unlabelled: {in_words(dict(reasons.most_common()))}" * bool(reasons)

@@ -2,6 +2,7 @@
 
     python -m dde_fast.report runs/demo-faces
     python -m dde_fast.report runs/dde runs/sft runs/evaluation --output runs/report
+    python -m dde_fast.report runs/demo-faces benchmarks/results/train-step-embedded.json
 
 Writes index.html, which needs no other file and no network, and its charts as PNG beside it.
 """
@@ -20,9 +21,10 @@ from typing import Any
 import jinja2
 import tyro
 
-from dde_fast import against_base, credit, curves
+from dde_fast import against_base, credit, curves, levers
 from dde_fast.config import TrainConfig, parse_command_line
 from dde_fast.figures import COLOURS, Picture, Style, grid, png, styles, svg
+from dde_fast.levers import StepResult
 from dde_fast.runs import EvaluationResult, Run, read
 from dde_fast.shards import write_file
 
@@ -41,7 +43,8 @@ class Report:
     """Training runs and evaluations as one HTML page that needs no network."""
 
     runs: tyro.conf.Positional[list[str]]
-    """Folders of training runs and evaluations, or folders that hold such; unfinished runs too."""
+    """Folders of training runs and evaluations, or folders that hold such, unfinished runs too; files
+    that `benchmarks/bench_train_step.py` wrote."""
     output: str = ""
     """Folder of index.html and its pictures; by default `report` in the folder that all the runs
     are in."""
@@ -62,19 +65,23 @@ def format_table(table: dict[str, dict[str, Any]]) -> str:
 
 
 def write(folders: Sequence[str | Path], output: str | Path = "") -> Path:
-    """Write the report of these folders; what was there is replaced only when it is whole.
+    """Write the report of these folders and measured steps; what was there is replaced only when it
+    is whole.
 
     Returns:
         the page.
 
     Raises:
-        ValueError: a folder is no run and no evaluation, or damaged.
+        ValueError: one of them is no run, no evaluation and no measured step, or damaged.
     """
     if not folders:
         raise ValueError("runs: expected at least one folder, got none")
-    runs, evaluations = read(folders)
-    folder = Path(output) if output else default_output(folders)
-    page, files = render(runs, evaluations)
+    measured = [path for path in map(Path, folders) if levers.is_result(path)]
+    others = [path for path in map(Path, folders) if path not in measured]
+    steps = [levers.read(path) for path in measured]
+    runs, evaluations = read(others)
+    folder = Path(output) if output else default_output(others or measured)
+    page, files = render(runs, evaluations, steps)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_file(folder / name, data)
@@ -89,12 +96,14 @@ def default_output(folders: Sequence[str | Path]) -> Path:
     return Path(os.path.relpath(os.path.commonpath(places))) / "report"
 
 
-def render(runs: list[Run], evaluations: list[EvaluationResult]) -> tuple[str, dict[str, bytes]]:
+def render(
+    runs: list[Run], evaluations: list[EvaluationResult], steps: Sequence[StepResult] = ()
+) -> tuple[str, dict[str, bytes]]:
     """The page, and the files beside it by name."""
     look = styles({run.name: run.config["objective"] for run in runs})
     glances = [glance(run, look[run.name]) for run in runs]
     content: dict[str, Any] = {
-        "title": ", ".join([entry.name for entry in (*runs, *evaluations)]),
+        "title": ", ".join([entry.name for entry in (*runs, *evaluations, *steps)]),
         "runs": glances,
         "numbers": list(
             dict.fromkeys(n for one in glances for n, v in one["numbers"].items() if v)
@@ -105,8 +114,10 @@ def render(runs: list[Run], evaluations: list[EvaluationResult]) -> tuple[str, d
         "credit": credit.pictures(runs, look),
         "unscheduled": [run.name for run in runs if not run.settings.get("scheduler")],
         "smoothed": any(len(run.records) >= curves.SMOOTHED for run in runs),
+        "measured": [step_part(one, number) for number, one in enumerate(steps, start=1)],
+        "reading": levers.READING,
         "settings": settings_table(runs),
-        "made_with": [made_with(entry) for entry in (*runs, *evaluations)],
+        "made_with": [made_with(entry) for entry in (*runs, *evaluations, *steps)],
     }
     files: dict[str, bytes] = {}
     for number, one in enumerate(evaluations, start=1):
@@ -212,6 +223,19 @@ def evaluation_part(one: EvaluationResult, number: int, runs: list[Run]) -> dict
     }
 
 
+def step_part(one: StepResult, number: int) -> dict[str, Any]:
+    """What the page says of a measured step."""
+    subject = levers.subject(one.result)
+    return {
+        "name": one.name,
+        "about": f"{subject[:1].upper()}{subject[1:]}. {levers.place(one.result)}.",
+        "commit": one.result["commit"],
+        "picture": levers.picture(one, f"step-{number}"),
+        "head": levers.HEAD,
+        "rows": levers.cells(one.result),
+    }
+
+
 def settings_table(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Name and the value of each run: always the most important, others where they matter."""
     if not runs:
@@ -237,15 +261,17 @@ def _say(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def made_with(entry: Run | EvaluationResult) -> dict[str, Any]:
+KINDS = {Run: "Training", EvaluationResult: "Evaluation", StepResult: "Benchmark"}
+
+
+def made_with(entry: Run | EvaluationResult | StepResult) -> dict[str, Any]:
     """Commit, versions, hashes and every setting."""
     said = entry.settings if isinstance(entry, Run) else entry.result
     models = said.get("models", {})
-    training = isinstance(entry, Run)
-    long = () if training else ("results", "pairs", "prompts")
+    long = ("results", "pairs", "prompts") if isinstance(entry, EvaluationResult) else ()
     return {
         "name": entry.name,
-        "kind": "Training" if training else "Evaluation",
+        "kind": KINDS[type(entry)],
         "commit": said.get("commit"),
         "versions": said.get("versions", {}),
         "models": {name: models[name].get("sha256", "") for name in models},

@@ -82,7 +82,7 @@ def read(folders: Sequence[str | Path]) -> tuple[list[Run], list[EvaluationResul
         if not own and not files:
             raise ValueError(
                 "runs: expected folders of a training run (config.json, metrics.jsonl) or of an "
-                f"evaluation ({EVALUATION}), got {str(folder)!r}"
+                f"evaluation ({EVALUATION}), or a file of bench_train_step.py, got {str(folder)!r}"
             )
         trained |= dict.fromkeys(map(Path.resolve, own))
         evaluated |= dict.fromkeys(map(Path.resolve, files))

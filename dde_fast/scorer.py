@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
+import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dde_fast.provenance import content_hash
 
 
 class Scorer(nn.Module):
@@ -19,7 +22,8 @@ class Scorer(nn.Module):
     `with_std(values) -> (score, its standard deviation)` beside `whole`, both [].
 
     Raises:
-        ValueError: images of another dtype or shape, or not one prompt per image.
+        ValueError: images of another dtype or shape, not one prompt per image, or a subclass that does
+            not give one score per image.
     """
 
     name: str = ""
@@ -54,9 +58,18 @@ class Scorer(nn.Module):
     def values(self, images: Tensor, prompts: list[str], batch: int | None) -> Tensor:
         """What `each` gives for all images, [B, ...]."""
         images = self.prepared(images, prompts)
-        step = batch or len(images)
-        starts = range(0, len(images), step)
-        return torch.cat([self.each(images[i : i + step], prompts[i : i + step]) for i in starts])
+        step, parts = batch or len(images), []
+        for i in range(0, len(images), step):
+            shown = images[i : i + step]
+            part = self.each(shown, prompts[i : i + step])
+            expected = (len(shown), *part.shape[1:]) if self.per == "set" else (len(shown),)
+            if part.shape != expected:
+                raise ValueError(
+                    f"rewards: expected scores {list(expected)} of {self.name}, one per image, got "
+                    f"{list(part.shape)}"
+                )
+            parts.append(part)
+        return torch.cat(parts)
 
     def check(self, prompts: list[str]) -> None:
         """Raise ValueError for prompts that cannot be scored, before there are images."""
@@ -74,11 +87,16 @@ class Scorer(nn.Module):
             self.to(images.device)
         return images.to(self.place.dtype)
 
-    def identity(self) -> dict[str, str]:
-        """For results: name, model, sha256 of all weights as they are loaded, library versions."""
-        digest = hashlib.sha256()
-        for name, value in self.state_dict().items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().numpy())
+    def beside(self) -> dict[str, Any]:
+        """What the scores follow from beside the weights, JSON-able: tokenizer, preprocessing, …"""
+        return {}
+
+    def identity(self) -> dict[str, Any]:
+        """For results: name, model, what is `beside` the weights, library versions, and the sha256 of
+        all weights as they are loaded, and of what is beside them where there is anything."""
+        beside = self.beside()
+        weights = ((f"{name} {value.dtype}", value) for name, value in self.state_dict().items())
+        noted = json.dumps(beside, sort_keys=True) if beside else ""
         versions = {library: importlib.metadata.version(library) for library in self.libraries}
-        return {"name": self.name, "model": self.model, "sha256": digest.hexdigest()} | versions
+        found = {"name": self.name, "model": self.model, "sha256": content_hash(weights, noted)}
+        return found | beside | versions

@@ -7,7 +7,6 @@ with, so one rename is all it takes to finish it and no second file can disagree
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
-import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from dde_fast.provenance import content_hash
 
 PARTIAL = ".partial"
 """Ending of a file that is being written."""
@@ -114,12 +114,8 @@ def check_content(shard: Shard, path: Path) -> None:
 
 
 def _checksum(tensors: Mapping[str, Tensor], noted: str) -> str:
-    digest = hashlib.sha256(noted.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    labelled = ((f"{name} {tensors[name].dtype}", tensors[name]) for name in sorted(tensors))
+    return content_hash(labelled, beside=noted)
 
 
 class Shards:

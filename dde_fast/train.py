@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dde_fast import checkpoint, config, export, flops, lora, models
+from dde_fast import checkpoint, config, export, flops, forecast, lora, models, planner
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
@@ -50,8 +50,9 @@ from dde_fast.grids import Grids
 from dde_fast.inputs import Inputs, describe, read_inputs
 from dde_fast.loader import Loader, PairStream
 from dde_fast.metrics import Meter, RunLog, winner_warning
-from dde_fast.online import FORWARDS, OnlineForward, Prompts, PromptStream, trained_steps
+from dde_fast.online import FORWARDS, OnlineForward, reward_failure, trained_steps
 from dde_fast.prepare import Preparation
+from dde_fast.prompt_stream import Prompts, PromptStream
 from dde_fast.reference_scores import ReferenceScores
 from dde_fast.validation import Validation
 
@@ -62,6 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
     models.quiet_libraries()
     with one_line_errors():
         settings = config.parse(args)
+        if settings.plan:
+            return say(planner.report(settings))
         ranks, together = int(os.environ["WORLD_SIZE"]), trained_steps(settings)
         engine_config = read_engine_config(settings, ranks, together)
         inputs = read_inputs(settings, engine_config)
@@ -87,6 +90,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     if inputs.grid_prompts:  # the base is sampled before the policy takes its memory
         grids = Grids(inputs.model, inputs.grid_prompts, c, e.dtype, device)
     pairs_at_peak = flops.pairs_at_peak(c, e, inputs.unet, data, device)
+    expected = None
+    if dist.get_rank() == 0 and isinstance(data, Cache):
+        expected = forecast.of_run(c, e, inputs.unet.config, data, device)
     with one_line_errors():
         forward = build(c, e, inputs, device)
         if start is not None:
@@ -103,6 +109,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     meter, stop = Meter(device, len(inputs.alphas_cumprod)), StopSignal()
     batches, stopped, diverged = stream(c, e, data, inputs.scores, done, device), False, False
 
+    if device.type == "cuda":  # what encoding took is not training's
+        torch.cuda.reset_peak_memory_stats()
+
     # The loop: the host waits for the device where it logs or saves, and nowhere else
     while done < c.steps and not (stopped or diverged):
         learning_rate = forward.engine.get_lr()[0]
@@ -116,7 +125,8 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
             if looking:
                 with one_line_errors(own=True), log.aside():
                     record["validation"] = validation()
-            warning = winner_warning(record, c.max_winner_error)
+            failure = reward_failure(record, c.reward)
+            warning = failure or winner_warning(record, c.max_winner_error)
             log.write(done, record, learning_rate, batches.waited, warning)
         log.advance(done)
         if done > 0 and (saving or diverged):
@@ -134,8 +144,12 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         with one_line_errors():
             raise ValueError(
                 f"gradient: expected finite numbers, got none in the last {c.max_skipped} or more "
-                f"optimizer steps, all skipped; saved {saved}; if data and machine are sound, start "
-                "again with a lower learning_rate or a larger beta"
+                f"optimizer steps, all skipped; saved {saved}; "
+                + (
+                    failure
+                    or "if data and machine are sound, start again with a lower learning_rate "
+                    "or a larger beta"
+                )
             )
     if stopped:
         what = f"and saved {saved}; continue with --resume latest" if saved else "at its beginning"
@@ -146,6 +160,8 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     else:
         folders = export.save_results(forward.engine, c, inputs.source, inputs.identity)
         say(f"trained: {', '.join(map(str, folders))}")
+    if expected is not None and log.rates:
+        say(forecast.outcome(output, c, expected, log.rates, device))
     dist.barrier()
 
 
@@ -275,4 +291,5 @@ def build(
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a plan starts nothing
+        dist.destroy_process_group()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,17 +36,25 @@ def split(weights: str | None, published: str, parts: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def expecting(what: str, where: str) -> Iterator[None]:
-    """Turns what the libraries raise for weights that are missing or others into one line."""
+def expecting(
+    what: str,
+    where: str,
+    argument: str = "rewards",
+    hint: str = "; name local weights by NAME=PATH",
+) -> Iterator[None]:
+    """Turns what the libraries raise for files that are missing or others into one line that names
+    the argument; a line that does so already stays."""
     try:
         yield
     except ImportError:
         raise
     except Exception as error:  # a missing file, key or network, a pickle, a wrong shape, …
+        if str(error).startswith(f"{argument}: "):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"rewards: expected {what} at {where!r}, a local path or a hub name that can be "
-            f"fetched, got {type(error).__name__}: {reason}; name local weights by NAME=PATH"
+            f"{argument}: expected {what} at {where!r}, a local path or a hub name that can be "
+            f"fetched, got {type(error).__name__}: {reason}{hint}"
         ) from error
 
 
@@ -82,6 +92,12 @@ def read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a pickle, a torn or missing file, no dictionary, …
         raise ValueError(f"{str(path)!r}, which cannot be read ({error})") from error
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of a transformers tokenizer's vocabulary and of the length that it cuts prompts to."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def pretrained(

@@ -15,6 +15,7 @@ import torch
 
 from dde_fast import checkpoint
 from dde_fast.forward import PairForward
+from dde_fast.judges import Colourfulness
 from dde_fast.loader import Loader
 
 
@@ -86,6 +87,17 @@ def unplug(rank: int, call: int):
     return instead(Loader, "__next__", failing)
 
 
+def spoil(first: int):
+    """The reward is nan in its calls from that number on, counted from 0; the first is its trial."""
+    each, calls = Colourfulness.each, itertools.count()
+
+    def spoiled(self, images, prompts):
+        scores = each(self, images, prompts)
+        return scores * math.nan if next(calls) >= first else scores
+
+    return instead(Colourfulness, "each", spoiled)
+
+
 @contextlib.contextmanager
 def tamper(path: str, change):
     """A checkpoint's model file is changed, and the marker with it."""
@@ -123,6 +135,7 @@ FAULTS = {
     "flip": flip,
     "pickle": with_pickle,
     "poison": poison,
+    "spoil": spoil,
     "full": full,
     "interrupt": interrupt,
     "unplug": unplug,

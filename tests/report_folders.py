@@ -118,3 +118,57 @@ def write_evaluation(
             pixels = np.full((side, side, 3), 40 * shade + i, np.uint8)
             Image.fromarray(pixels).save(folder / f"images/{name}/{i:05d}.png")
     return folder
+
+
+def step_result(case: str = "embedded", commit: str = "c0ffee", **changes) -> dict:
+    """What `bench_train_step.py` writes: four steps of which the third costs and the last reads
+    scores."""
+    names = (
+        "published structure",
+        "pairs encoded before",
+        "a lever that costs",
+        "reference scores",
+    )
+    rows = []
+    for number, (name, rate) in enumerate(zip(names, (20.0, 32.0, 25.0, 40.0), strict=True)):
+        rows.append(
+            {
+                "name": name,
+                "host_reads": 5 - number,
+                "step_GiB": 0.125 * (number + 1),
+                "frozen_GiB": 0.0 if number == 3 else 0.25,
+                "seconds": {
+                    "median": 16 / rate,
+                    "lower_quartile": 16 / (1.25 * rate),
+                    "upper_quartile": 16 / (0.8 * rate),
+                },
+                "work_seconds": 16 / rate,
+                "pairs_per_s": rate,
+                "data_wait": 0.0025 * number,
+                "share_of_arithmetic": rate / 100,
+                "times_published": rate / 20,
+                "times_published_in_work": rate / 20,
+            }
+        )
+    machine = {"device": "a CPU", "threads": 2, "versions": {"torch": "2.13.0"}, "commit": commit}
+    return {
+        "case": case,
+        "model": "sdxl" if case == "sdxl" else "sd15" if case.startswith("sd15") else case,
+        "parameters": 3_500_000,
+        "latent": [4, 8, 8],
+        "pairs": 16,
+        "dtype": "float32",
+        "zero_stage": 0,
+        "flops_per_pair": 10**9,
+        "rounds": 12,
+        "matrix_TFLOPs": 0.1,
+        "rows": rows,
+        "machine": machine,
+        **changes,
+    }
+
+
+def write_step(path: Path, *args, **changes) -> Path:
+    """The same in a file."""
+    path.write_text(json.dumps(step_result(*args, **changes)))
+    return path

@@ -179,17 +179,24 @@ def test_the_whole_step_lever_by_lever(tmp_path, monkeypatch, case):
     assert data["machine"]["commit"] and data["machine"]["versions"]["torch"]
 
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    from plot import waterfall
-    from results_table import whole_step
+    import plot
+    from step_table import levers_table
 
-    lines = whole_step(data)
-    assert [line.split(" | ")[0] for line in lines[4:-1]] == [
+    from dde_fast.levers import read, waterfall
+
+    lines = levers_table(case, [read(path)])
+    shown = [line.split(" | ") for line in lines[4:-1]]
+    assert [cells[0] for cells in shown] == [
         f"| {'+ ' * (i > 0)}{lever}" for i, lever in enumerate(levers)
     ]
+    assert {cells[-1] for cells in shown} == {f"`{data['machine']['commit']}` |"}
     bars = waterfall(data).axes[0].patches
-    left = [1e3 / row["pairs_per_s"] for row in rows]
-    heights = [left[0], *(abs(a - b) for a, b in zip(left, left[1:], strict=False)), left[-1]]
-    assert [bar.get_height() for bar in bars] == pytest.approx(heights)
+    rates = [row["pairs_per_s"] for row in rows]
+    steps = [abs(b - a) for a, b in zip([0, *rates], rates, strict=False)]
+    assert [bar.get_width() for bar in bars[1::2]] == pytest.approx(steps)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(path)])
+    plot.main()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_published_step_is_diffusion_dpo(tmp_path, monkeypatch):
@@ -236,80 +243,74 @@ def test_the_published_step_is_diffusion_dpo(tmp_path, monkeypatch):
     assert not any(map(torch.equal, policy.parameters(), before))
 
 
-@pytest.fixture
-def noise(monkeypatch):
+def test_readme_shows_every_committed_step_and_says_which_are_missing(tmp_path, monkeypatch):
+    """A row per lever with its commit, also of one case at two commits; no GPU's result, no figure."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "conftest")  # that of the benchmarks, for a while
-    import reference_noise
+    from report_folders import write_step
+    from step_table import whole_steps
 
-    return reference_noise
-
-
-def test_how_rounding_moves_a_logit(noise):
-    """By hand: errors that move by δ move the logit by beta · ω_t · (δ_w - δ_l)."""
-    case = noise.Case("two pairs", "sd15", 4, 2, 2, (1,), ("float32", "bfloat16"))
-    made = noise.Models(case, small=True)
-    batch = noise.make_batch(case, Path())
-    found, asked = {}, {}
-    generator = torch.Generator().manual_seed(0)
-    for t in noise.TIMESTEPS:
-        target = torch.randn(2, 4, 4, 4, generator=generator)
-        asked[t] = noise.Noised((), {}, torch.tensor([t, t]), target)
-        exact = target.repeat(2, 1, 1, 1) + torch.randn(4, 4, 4, 4, generator=generator)
-        for key in ((True, "float32", 2), (False, "float32", 2), (True, "bfloat16", 2)):
-            found[key + (t,)] = exact
-        found[False, "float32", 1, t] = exact
-        moved = target.repeat(2, 1, 1, 1) + torch.randn(4, 4, 4, 4, generator=generator)
-        found[False, "bfloat16", 2, t] = moved
-        found[False, "bfloat16", 1, t] = exact
-    rows = {
-        (row["what"], row.get("dtype"), row["timestep"]): row
-        for row in noise.compare(case, made, found, asked)
-    }
-    for t in noise.TIMESTEPS:
-        moved, exact = (
-            (found[False, dtype, 2, t] - asked[t].target.repeat(2, 1, 1, 1))
-            .square()
-            .mean((1, 2, 3))
-            for dtype in ("bfloat16", "float32")
-        )
-        win, lose = (moved - exact).chunk(2)
-        abar = made.alphas_cumprod[t]
-        for name, weight in (("diffusion-dpo", 0.5), ("dde", (1 - abar) / abar)):
-            expected = float((5000 * weight * (win - lose)).std())
-            for what in ("scores", "reference", "both"):
-                row = rows[what, "bfloat16", t]
-                assert row["logit_std"][name] == pytest.approx(expected, rel=1e-3)
-                assert row["error_std"] == pytest.approx(float((moved - exact).std()), rel=1e-3)
-            assert rows["scores", "float32", t]["logit_std"][name] < 1e-3 * expected
-            assert rows["logits", None, t]["logit_std"][name] == 0
-    parts = list(noise.parts(batch, 1))
-    assert torch.equal(torch.cat([part.latents[:1] for part in parts]), batch.latents[:2])
-    assert torch.equal(torch.cat([part.latents[1:] for part in parts]), batch.latents[2:])
+    for name, commit in (("embedded", "aaaa"), ("embedded-older", "bbbb")):
+        write_step(tmp_path / f"train-step-{name}.json", commit=commit)
+    (tmp_path / "train-step-embedded.png").touch()
+    lines = whole_steps(tmp_path)
+    rows = [line for line in lines if line.startswith("|")]
+    overview = {row.split(" | ")[0]: row for row in rows[2:7]}
+    own = "| the embedded model: a CPU, `aaaa` | 1.25×, 25 pairs/s | 1.35× | 2.00×, 40 pairs/s | 1.8× |"
+    assert overview["| the embedded model: a CPU, `aaaa`"] == own
+    for case in ("SD 1.5, latents 32×32", "SD 1.5 on a GPU", "SDXL on a GPU"):
+        assert overview[f"| {case}"].count("| not measured |") == 2
+    for commit in ("aaaa", "bbbb"):
+        assert [row.split(" | ")[1] for row in rows[7:] if row.endswith(f"`{commit}` |")] == [
+            "20 [16, 25]",
+            "32 [25.6, 40]",
+            "25 [20, 31.2]",
+            "40 [32, 50]",
+        ]
+    text = "\n".join(lines)
+    assert text.count("12 rounds; matrix product 100 GFLOP/s") == 2
+    assert text.count("latents 4×8×8, 16 pairs, float32") == 1
+    assert "results/train-step-embedded.png" in text and "embedded-older.png" not in text
 
 
-def test_rounding_is_measured_from_forwards(noise, monkeypatch):
-    """A small UNet: bf16 moves logits far more than another batch size does in float32."""
-    case = noise.Case("four pairs", "sd15", 8, 4, 2, (1, 4), ("float32", "bfloat16"))
-    monkeypatch.setitem(noise.CASES, "small", case)
-    result = noise.measure("small", case, small=True)
-    worst = {
-        (what, dtype): max(
-            row["logit_std"]["diffusion-dpo"]
-            for row in result["rows"]
-            if (row["what"], row.get("dtype")) == (what, dtype)
-        )
-        for what, dtype in (("scores", "float32"), ("reference", "bfloat16"), ("logits", None))
-    }
-    assert 0 < 10 * worst["scores", "float32"] < worst["reference", "bfloat16"]
-    assert worst["logits", None] > 0
-    lines = noise.table(result).splitlines()
-    assert len(lines) == 4 + 1 + 2 + 1 + 1 and all(line.count("|") == 5 for line in lines[2:])
-    assert "made at 1, 4 pairs" in lines[5] and result["machine"]["commit"]
+def test_every_committed_step_has_its_picture():
+    results = ROOT / "benchmarks" / "results"
+    steps = sorted(results.glob("train-step-*.json"))
+    assert steps and all(path.with_suffix(".png").is_file() for path in steps)
 
 
-def test_the_page_on_rounding_is_made_from_the_committed_results(noise):
-    page = noise.PAGE.read_text(encoding="utf-8")
-    assert page == noise.render(page)
-    for case in noise.CASES.values():
-        assert f"**{case.title}**" in page
+STUB = """#!/bin/sh
+echo "$*" >>"$CALLED"
+case "$*" in *device_count*) echo "$GPUS" ;; *"$BREAK"*) exit 3 ;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    "given, code, said",
+    [
+        ({"GPUS": "1"}, 0, "scaling: skipped, it wants two GPUs"),
+        ({"GPUS": "8", "BREAK": "bench_train_step.py sdxl"}, 1, "failed (3): train-step-sdxl"),
+        ({"GPUS": "1", "MINUTES": "0"}, 1, "skipped, no time left: train-step-sd15"),
+    ],
+)
+def test_what_a_gpu_machine_runs_and_says(tmp_path, given, code, said):
+    """Its parts in their budgets, python and the GPU's tools replaced by one that writes down what is
+    asked of it."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python3", "nvidia-smi"):
+        (tmp_path / "bin" / name).write_text(STUB)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLED": str(tmp_path / "called")}
+    env |= {"BREAK": "nothing of the kind", **given}
+    command = ["bash", str(ROOT / "benchmarks/run_gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
+    called = (tmp_path / "called").read_text()
+    left = (tmp_path / "out/not-done.txt").read_text()
+    if "MINUTES" in given:
+        assert "bench_train_step" not in called and left.count("skipped") == 8
+        return
+    for case in ("sd15", "sdxl", "embedded"):
+        assert f"benchmarks/bench_train_step.py {case} " in called
+    assert ("benchmarks/scaling.py sd15" in called) == (given["GPUS"] == "8")
+    assert called.count(" tests/test_") == len(list((ROOT / "tests").glob("test_*.py"))) + 1
+    assert bool(left) == bool(code)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from longhand_rewards import (
 from PIL import Image
 from safetensors.torch import save_file
 from scorer_models import CONTEXT, PROMPTS, clip_arguments, clip_folder, clip_tokenizer
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from dde_fast import clip_rewards, rewards
 from dde_fast.clip_rewards import VIT_H, VIT_L, Aesthetic, ClipReward, from_open_clip
@@ -180,6 +181,30 @@ def test_half_precision_files_and_safetensors_are_read_in_float32(tmp_path, open
     with torch.no_grad():
         assert torch.allclose(scorer(images, PROMPTS[:2]), small_hps(images, PROMPTS[:2]), atol=0.5)
     assert scorer.identity()["sha256"] != small_hps.identity()["sha256"]
+
+
+def test_identity_covers_tokenizer_and_preprocessing(folder, tmp_path):
+    """The same weights with another vocabulary, activation or scale give other scores."""
+    scorer = rewards.load_reward(f"clip_score={folder}")
+    plain = scorer.identity()
+    assert plain["preprocessing"] == "clip, 12 pixels" and plain["scale"] == 100
+    assert plain["activations"] == ["quick_gelu"] * 2 and len(plain["tokenizer"]) == 64
+    shutil.copytree(folder, tmp_path / "other")
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    swap = {"a": vocabulary["b"], "b": vocabulary["a"]}
+    other = CLIPTokenizer(vocab=vocabulary | swap, merges=[], unk_token="<|endoftext|>")
+    other.save_pretrained(tmp_path / "other")
+    changed = {
+        "tokenizer": rewards.load_reward(f"clip_score={tmp_path / 'other'}"),
+        "scale": rewards.load_reward(f"pickscore={folder}"),
+        "activations": rewards.load_reward(f"clip_score={clip_folder(tmp_path / 'gelu', 'gelu')}"),
+    }
+    for name, reward in changed.items():
+        found = reward.identity()
+        assert found["sha256"] != plain["sha256"] and found[name] != plain[name], name
+        weights = zip(scorer.state_dict().values(), reward.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in weights)
+    assert rewards.load_reward(f"clip_score={folder}").identity() == plain
 
 
 def test_an_incomplete_file_is_refused(tmp_path, open_clip, small_hps):

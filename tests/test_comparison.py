@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from dde_fast import comparison
 from dde_fast.comparison import bootstrap_interval, compare, compare_all, summarise
 
 
@@ -68,7 +69,7 @@ def test_every_two_models_are_compared():
 
 
 def test_the_summary_compares_with_the_first_model():
-    table = summarise(SCORES, seed=0)
+    table = summarise(SCORES, compare_all(SCORES, seed=0))
     assert table["base"]["colour"] == {"mean": 2.0, "std": pytest.approx(math.sqrt(2 / 3))}
     for model in ("first", "second"):
         entry = dict(table[model]["colour"])
@@ -78,3 +79,16 @@ def test_the_summary_compares_with_the_first_model():
     assert table["base"]["distinct"] == {"mean": 7.0}
     assert table["first"]["distinct"] == {"mean": 5.0, "difference": -2.0}
     assert table["first"]["inception"] == {"mean": 3.0, "std": 0.25, "difference": 0.5}
+
+
+def test_every_comparison_is_resampled_once(monkeypatch):
+    """Two intervals of each of three pairs; the summary repeats those with the base."""
+    drawn, interval = [], comparison.bootstrap_interval
+
+    def noting(values, **options):
+        drawn.append(len(values))
+        return interval(values, **options)
+
+    monkeypatch.setattr(comparison, "bootstrap_interval", noting)
+    summarise(SCORES, compare_all(SCORES, seed=0))
+    assert drawn == [3] * 6

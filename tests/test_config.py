@@ -14,7 +14,9 @@ import torch
 from dde_fast.config import PRESETS, TrainConfig, parse
 from dde_fast.deepspeed_config import KNOWN_KEYS, read_engine_config
 from dde_fast.inputs import FREE_ON_RESUME, identity_of
+from dde_fast.models import load_scheduler
 from dde_fast.objectives import OBJECTIVES
+from dde_fast.trajectories import DDIMSteps
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +38,21 @@ def test_a_preset_is_a_start_that_flags_override():
     parsed = parse(["--preset", "style", "--steps", "7"])
     assert (parsed.pairs, parsed.steps, parsed.preset) == ("style", 7, "style")
     assert parse(["--preset=style", "--pairs=faces"]).pairs == "faces"
+
+
+def test_online_objectives_leave_out_the_least_noise_unless_told_otherwise():
+    """Of Stable Diffusion's schedule: below t = 200 a step's weight would be several times larger."""
+    for objective in ("tailorpo", "tailorpo-g", "d3po"):
+        online = ["--objective", objective]
+        assert parse(online).timestep_low == 200
+        assert parse([*online, "--timestep-low=0"]).timestep_low == 0
+        assert parse([*online, "--timestep_low", "100"]).timestep_low == 100
+        assert parse([*online, "--preset", "style"]).timestep_low == 500
+    assert parse(["--objective", "sft"]).timestep_low == 0
+    steps = DDIMSteps(load_scheduler("embedded"), TrainConfig().sampling_steps)
+    weights = dict(zip(steps.timesteps, steps.weights.tolist(), strict=True))
+    kept = [weights[t] for t in steps.timesteps if t >= 200]
+    assert max(kept) < 4 * min(kept) < weights[101]
 
 
 def test_guidance_wants_a_target_of_its_reward():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dde_fast import metrics
+from dde_fast import metrics, shards
 from dde_fast.loss import PreferenceOutput
 from dde_fast.metrics import Meter, RunLog, tags
 
@@ -175,6 +175,30 @@ def test_a_continued_log_forgets_what_is_done_again(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert TAGS.keys() < set(events.Tags()["scalars"])
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(2, 2), (4, 4), (6, 60)]
+
+
+def test_a_log_that_is_killed_while_it_begins_again_loses_nothing(tmp_path, monkeypatch):
+    log = log_of(tmp_path)
+    log.write(2, NESTED, 1e-4)
+    log.close()
+    names = ("config.json", "metrics.jsonl")
+    before, real = [(tmp_path / name).read_bytes() for name in names], shards.os.replace
+    for moment in (0, 1):
+        left = iter(range(moment))
+
+        def killed(*args, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(shards.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            log_of(tmp_path, start=2)
+        assert [(tmp_path / name).read_bytes() for name in names] == before
+        monkeypatch.setattr(shards.os, "replace", real)
+    (tmp_path / "config.json.0a1b2c3d.partial").touch()  # of a kill that nothing could tidy after
+    log_of(tmp_path, start=2).close()
+    assert not list(tmp_path.glob("*.partial")) and records(tmp_path)[0]["loss"] == 0.5
 
 
 def test_throughput_leaves_out_what_is_done_aside(tmp_path):

@@ -4,13 +4,17 @@ import json
 import math
 
 import pytest
+import tiny
 import torch
-from train_runs import BF16, HALF, Folder, fails, stage
+from safetensors.torch import load_file
+from train_runs import BF16, HALF, ROOT, Folder, fails, stage
 from variants import same_run, weights
 
 from dde_fast import config
+from dde_fast.config import PRESETS
 from dde_fast.deepspeed_config import read_engine_config
-from dde_fast.online import Prompts, trained_steps
+from dde_fast.judges import Colourfulness
+from dde_fast.online import trained_steps
 
 STEPS, RESUMED = 3, (0, 3)
 # small steps, or the moves would grow what rounding leaves
@@ -18,6 +22,9 @@ GUIDANCE = {"reward_target": 150.0, "reward_step": 2e-3}
 # at the others' learning rate its loss doubles in a step, and rounding grows with it
 D3PO = {"objective": "d3po", "learning_rate": 1e-4}
 UNUSED = ("pairs", "caption_dropout", "timestep_high")
+OF_PRESET = {"sd15": "tailorpo", "sdxl": "tailorpo-g"}
+TRAINED = 16
+"""Of the 20 steps that the presets sample, those from t = 200 on."""
 
 
 class Online(Folder):
@@ -43,6 +50,25 @@ class Online(Folder):
         kept = {k: v for k, v in parts.items() if k[2:] not in UNUSED or k[2:] in flags}
         return [part for pair in kept.items() for part in pair]
 
+    def preset(self, name):
+        """One step of a paper's preset with an online objective, its model made small."""
+        make = {"sd15": tiny.make_model, "sdxl": tiny.make_sdxl_model}[name]
+        json_of = ROOT / PRESETS[name]().deepspeed_config
+        ds = json.loads(json_of.read_text()) | {"train_micro_batch_size_per_gpu": 1}
+        tiny.write_ds(self.path / f"{name}.json", **ds | {"train_batch_size": TRAINED})
+        flags = {
+            "preset": name,
+            "objective": OF_PRESET[name],
+            "model": make(self.path / f"model-{name}"),
+            "prompts": self.prompts,
+            "reward": "colourfulness",
+            "deepspeed_config": self.path / f"{name}.json",
+            "output": self.path / name,
+            "steps": 1,
+        }
+        flags |= GUIDANCE if OF_PRESET[name] == "tailorpo-g" else {}
+        return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Online:
@@ -64,6 +90,9 @@ def alone(folder) -> Online:
         {"args": folder.args("tailorpo-g0", **guided)},
         {"args": folder.args("d3po0", **D3PO)},
     ]
+    failing = folder.args("failing", steps=9, max_skipped=2, save_every=1)
+    jobs.append({"args": failing, "spoil": [4], "exit": 2})
+    jobs += [{"args": folder.preset(name)} for name in OF_PRESET]
     for n in range(4):  # stage 3 last, as everywhere
         jobs.append({"args": folder.args(f"zero{n}", ds=stage(n))})
         if n in RESUMED:
@@ -200,7 +229,11 @@ BAD = {
     "guidance without": (["--reward_step", "3"], "reward_step: expected none with objective 'tai"),
     "no steps": (["--sampling_steps", "0"], "sampling_steps: expected at least 1, got 0"),
     "many steps": (["--sampling_steps", "2000"], "sampling_steps: expected 1 to 1000, got 2000"),
-    "no timestep": (["--timestep_high", "200"], "timestep range: expected to hold a timestep of"),
+    "no timestep": (
+        ["--timestep_low", "0", "--timestep_high", "200"],
+        "timestep range: expected to hold a timestep of",
+    ),
+    "only small noise": (["--timestep_high", "200"], "expected above timestep_low = 200, got 200"),
     "weak guidance": (["--guidance_scale", "0.5"], "guidance_scale: expected at least 1, got 0.5"),
     "unknown name": (["--reward", "prompt_match"], "prompt_match knows 'face'"),
 }
@@ -250,7 +283,45 @@ def test_only_the_same_run_continues(alone, capfd):
     assert "resume: reward: expected " in resume(reward="human_score")
 
 
-def test_the_prompts_of_a_set_are_its_splits():
-    held_out = set(Prompts("style", "test").names)
-    assert len(held_out) > 20 and not held_out & set(Prompts("style", "train").names)
-    assert Prompts("style", "test").fingerprint != Prompts("style", "train").fingerprint
+@pytest.mark.parametrize("name", OF_PRESET)
+def test_a_papers_preset_runs_with_an_online_objective(alone, name):
+    """The policy begins as the reference; SDXL's added conditions and bf16 included."""
+    (record,) = alone.metrics(name)
+    assert record["loss"] == pytest.approx(math.log(2), abs=1e-6) and record["reward"] > 0
+    assert record["reward_failures"] == 0 and record["skipped_steps"] == 0
+    assert sum(record["by_timestep"]["pairs"].values()) == TRAINED
+    assert min(record["by_timestep"]["pairs"]) == "200-299"
+    start = load_file(alone.path / f"model-{name}/unet/diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(value, start[key]) for key, value in alone.unet(name).items())
+
+
+def test_a_reward_that_fails_is_named_where_and_when(alone):
+    records = alone.metrics("failing")
+    assert [record["reward_failures"] for record in records] == [0, 0.5, 1]
+    assert "warning" not in records[0] and "at timesteps 300-399" in records[1]["warning"]
+    (line,) = [line for line in log(alone) if "error: gradient: expected finite" in line]
+    assert "the reward 'colourfulness' gave no finite number" in line and "100.00%" in line
+    assert "300-399, 600-699" in line and "step-00000003" in line and "learning_rate" not in line
+
+
+def log(folder):
+    return (folder.path / "alone.0.log").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            lambda scores: scores * math.nan,
+            "reward: expected a finite score of 'colourfulness', got",
+        ),
+        (lambda scores: scores[:, None], "reward: expected scores [1] of colourfulness, one per"),
+    ],
+)
+def test_a_broken_reward_is_found_before_anything_starts(
+    folder, capfd, monkeypatch, answer, message
+):
+    each = Colourfulness.each
+    monkeypatch.setattr(Colourfulness, "each", lambda *args: answer(each(*args)))
+    assert message in fails(folder.args("bad"), capfd)
+    assert not (folder.path / "bad").exists()

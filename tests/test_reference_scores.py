@@ -1,6 +1,7 @@
 """Reference scores: computed once, stored beside their pairs, read instead of running the model."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from train_runs import BF16, STEPS, Folder, fails, stage
 
-from dde_fast import models, noise, prepare
+from dde_fast import config, models, noise, prepare
 from dde_fast.cache import Cache
+from dde_fast.deepspeed_config import read_engine_config
+from dde_fast.inputs import read_inputs
 from dde_fast.reference_scores import ReferenceScores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,6 +181,36 @@ def test_scores_of_another_training_are_refused(folder, capfd, more, expected):
     given = {"pairs": folder.path / "cache", "reference_scores": 2} | more
     assert expected in fails(folder.args("refused", **given), capfd)
     assert not (folder.path / "refused").exists()
+
+
+def test_the_message_says_what_to_run(folder, capfd, tmp_path):
+    """Followed to the letter, the same run starts; `discounted` has timesteps of its own."""
+    shutil.copytree(folder.path / "cache", tmp_path / "cache")
+    given = {"pairs": tmp_path / "cache", "reference_scores": 1, "objective": "discounted"}
+    args = folder.args("discounted", **given | {"steps": 1}, ds=stage(1, **BF16))
+    message = fails(args, capfd)
+    start, command = message.split("; run ")
+    assert "timesteps 'uniform' instead of 'discounted'" in start
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "dde_fast.prepare"]
+    flags = dict(zip(words[3::2], words[4::2], strict=True))
+    assert flags == {
+        "--output": str(tmp_path / "cache"),
+        "--model": str(folder.model),
+        "--reference_scores": "1",
+        "--objective": "discounted",
+        "--timestep_high": "800",
+        "--caption_dropout": "0.3",
+        "--precision": "bfloat16",
+    }
+    prepare.main(words[3:])
+    capfd.readouterr()  # its progress
+    more = fails([*args, "--reference_scores", "3"], capfd)
+    assert "expected at most the 1 whole draws" in more
+    assert shlex.split(more.split("; run ")[1])[3:] == [*words[3:8], "3", *words[9:]]
+    engine = read_engine_config(config.parse(args), 1)
+    scores = read_inputs(config.parse(args), engine).scores
+    assert scores.draws == 1 and scores.errors.shape == (1, 12, 2)
 
 
 def test_scores_of_another_reference_are_refused(folder, capfd, tmp_path):

@@ -57,7 +57,9 @@ def test_labels_follow_the_scores_and_the_rest_stays(tmp_path):
     said = label(
         write(tmp_path / "train.parquet", table), tmp_path / "out", "colourfulness", "sentiment"
     )
-    assert said.startswith("relabelled: 12 pairs, 1 tied, 2 without a readable caption or image")
+    reasons = {5: "undecodable image", 6: "without a caption"}
+    words = ", ".join(f"1 {reason}" for reason in reasons.values())
+    assert said == f"relabelled: 12 pairs, 1 tied, unlabelled: {words} in {tmp_path / 'out'}"
     names = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
     assert names == [f"train-{i:05d}-of-00003.parquet" for i in range(3)]
     found = result(tmp_path / "out")
@@ -67,6 +69,7 @@ def test_labels_follow_the_scores_and_the_rest_stays(tmp_path):
             k: v for k, v in before.items() if k not in anew
         }
         labels = after["label_0"], after["label_1"], after["best_image_uid"], after["has_label"]
+        assert after["unlabelled"] == reasons.get(i)
         if i in (5, 6):
             assert labels == (None, None, None, False) and after["sentiment_1"] is None
             continue
@@ -108,7 +111,11 @@ def test_other_sources_are_written_in_pick_a_pics_columns(tmp_path, monkeypatch)
     lines = [{"caption": f"c{i}", "winner": f"{i}.png", "loser": f"{i + 1}.png"} for i in range(5)]
     text = "\n".join(map(json.dumps, [*lines[:2], {"caption": "", "winner": "0.png"}, *lines[2:]]))
     pair_files.put(tmp_path / "train.jsonl", text)
-    label(tmp_path / "train.jsonl", tmp_path / "out")
+    said = label(tmp_path / "train.jsonl", tmp_path / "out")
+    left_out = "; left out: 1 without a caption"
+    assert said == f"relabelled: 5 pairs, 0 tied in {tmp_path / 'out'}{left_out}"
+    (record,) = map(json.loads, (tmp_path / "out/rejected.jsonl").read_text().splitlines())
+    assert (record["pair_id"], record["reason"]) == (2, "without a caption")
     assert len(list((tmp_path / "out").glob("*.parquet"))) == 3
     found = result(tmp_path / "out")
     assert [row["caption"] for row in found] == [f"c{i}" for i in range(5)]
@@ -209,6 +216,9 @@ def test_wrong_input_is_named(tmp_path, monkeypatch):
     pq.write_table(pq.read_table(empty).slice(0, 0), empty)
     with pytest.raises(ValueError, match="relabel: expected at least one pair"):
         label(empty, tmp_path / "out")
+    pair_files.put(tmp_path / "train.jsonl", '{"caption": "", "winner": "0.png", "loser": "1.png"}')
+    with pytest.raises(ValueError, match="at least one pair, got none .*: 1 without a caption"):
+        label(tmp_path / "train.jsonl", tmp_path / "out")
     scorer = rewards.load_reward("colourfulness")
     monkeypatch.setattr(
         type(scorer), "each", lambda self, images, prompts: images.mean((1, 2, 3)) / 0

@@ -56,7 +56,12 @@ def page(trained, tmp_path_factory):
     models = {name: str(trained / name / "unet") for name in ("dde", "sft")}
     models |= {f"model-{i}": "x" for i in range(3)}
     judged = report_folders.write_evaluation(folder / "judged", models, prompt=HOSTILE)
-    places = [trained, folder / "a", folder / "b", sick, begun, judged, FACES]
+    step = report_folders.step_result()
+    step["rows"][1]["name"] = step["machine"]["device"] = HOSTILE
+    (folder / "train-step-embedded.json").write_text(json.dumps(step))
+    steps = [folder / "train-step-embedded.json"]
+    steps.append(report_folders.write_step(folder / "train-step-sd15.json", "sd15"))
+    places = [trained, folder / "a", folder / "b", sick, begun, judged, FACES, *steps]
     return report.write(places, folder / "report")
 
 
@@ -210,6 +215,30 @@ def test_a_wrong_command_line_gives_one_line_and_exit_2(args, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith("dde_fast: error: ") and error.count("\n") == 1
+
+
+def test_a_measured_step_is_shown_as_waterfall_and_table(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    pictures = {picture.stem for picture in page.parent.glob("*.png")}
+    assert pictures >= {"step-1", "step-2"}
+    for said in ("The training step", "40 [32, 50]", "0.125 + 0.25", "SD 1.5 (3.5 M parameters)"):
+        assert said in text, said
+    assert text.count("<h3>Benchmark train-step-") == 2
+    alone = report.write([report_folders.write_step(tmp_path / "step.json")], tmp_path / "page")
+    text = alone.read_text(encoding="utf-8")
+    assert (
+        "40 [32, 50]" in text and "Against the base" not in text and "<code>c0ffee</code>" in text
+    )
+    assert text.count("<figure>") == 1
+
+
+def test_a_damaged_step_leaves_the_page_that_was_there(tmp_path, capsys):
+    path = report_folders.write_step(tmp_path / "step.json", rows=[])
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(path), "--output", str(tmp_path / "page")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "step.json" in error
+    assert not (tmp_path / "page").exists()
 
 
 def test_where_a_report_goes(tmp_path, monkeypatch):

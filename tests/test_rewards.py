@@ -14,6 +14,7 @@ from PIL import Image
 from dde_fast import embedded, judges
 from dde_fast.judges import Judge, load_judge
 from dde_fast.rewards import REWARDS, load_reward, score
+from dde_fast.scorer import Scorer
 
 OWN = [name for name, row in REWARDS.items() if row.weights is None]
 """Those that come with the package."""
@@ -224,6 +225,26 @@ def test_batches_score_as_the_whole(name, monkeypatch):
 @pytest.mark.parametrize("kind", [judges.HumanScore, judges.PromptMatch, judges.Colourfulness])
 def test_a_scorer_follows_the_images_to_their_device(kind):
     assert kind()(torch.rand(2, 3, 16, 16, device="meta"), ["face"] * 2).device.type == "meta"
+
+
+def test_a_scorer_that_gives_other_than_one_score_per_image_is_named():
+    class Odd(Scorer):
+        name = "odd"
+
+        def each(self, images, prompts):
+            return self.answer
+
+    scorer, images = Odd(), torch.rand(3, 3, 4, 4)
+    for answer, got in (
+        (torch.ones(3, 1), r"\[3, 1\]"),
+        (torch.tensor(1.0), r"\[\]"),
+        (torch.ones(2), r"\[2\]"),
+    ):
+        scorer.answer = answer
+        with pytest.raises(ValueError, match=rf"rewards: expected scores \[3\] of odd.*got {got}"):
+            scorer(images, ["a"] * 3)
+    scorer.per, scorer.answer = "set", torch.ones(3, 7)
+    assert scorer.values(images, ["a"] * 3, None).shape == (3, 7)
 
 
 def test_identity_tells_what_was_scored_with():

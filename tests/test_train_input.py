@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import caches
 import diffusers
@@ -80,6 +81,10 @@ BAD = {
     ),
     "no such model": (["--model", "nowhere/at/all"], "model: expected a diffusers directory"),
     "no such file": (["--model", "away.safetensors"], "model: expected a .safetensors file"),
+    "no such block": (
+        ["--checkpoint_blocks", "mid_block,down_blocks.9"],
+        "checkpoint_blocks: expected some of down_blocks.0,down_blocks.1,mid_block,up_blocks.0,",
+    ),
     "no such attention": (["--attention", "paged"], "attention: expected one of"),
     "no such json": (["--deepspeed_config", "no.json"], "deepspeed_config: expected a readable"),
     "no such held-out pairs": (
@@ -207,6 +212,8 @@ def test_what_a_run_began_to_encode_is_no_run(folder, tmp_path, capfd):
     assert "objective" in fails([*folder.args("again", tmp_path / "run"), *stop], capfd)
     args = folder.args("again", tmp_path / "run", pairs="nowhere.parquet")
     assert "pairs: expected" in fails(args, capfd)  # and not: output
+    (tmp_path / "run/config.json.0a1b2c3d.partial").touch()  # killed at its first file
+    assert "pairs: expected" in fails(args, capfd)
     (tmp_path / "run/metrics.jsonl").touch()
     assert "output: expected a new or empty directory" in fails(args, capfd)
 
@@ -247,3 +254,27 @@ def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
     assert found.step == 1 and torn == ["step-00000002"]
     with pytest.raises(ValueError, match="only torn ones"):
         checkpoint.find(str(newest), tmp_path)
+
+
+def test_saving_again_after_a_kill_leaves_nothing_of_it(tmp_path, monkeypatch):
+    """Killed at any moment: a torn folder, or a file of no name yet."""
+    alone = SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1, barrier=lambda: None)
+    monkeypatch.setattr(checkpoint, "dist", alone)
+    monkeypatch.setattr(checkpoint, "collect_errors", lambda *args: None)
+    monkeypatch.setattr(checkpoint.Failures, "of_all_ranks", lambda self: [])
+    engine = SimpleNamespace(save_checkpoint=lambda path, tag, **_: (Path(path) / tag).mkdir())
+
+    def save(step: int) -> None:
+        numbers = {"step": step, "position": 4 * step, "identity": {}}
+        checkpoint.save(engine, torch.nn.Linear(1, 1), tmp_path, **numbers)
+
+    save(1)
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002/weights").touch()
+    (tmp_path / "latest.0a1b2c3d.partial").touch()
+    save(2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-00000001", "step-00000002", "latest"}
+    assert (tmp_path / "latest").read_text() == "step-00000002"
+    assert checkpoint.find("latest", tmp_path)[0].step == 2
+    assert not (tmp_path / "step-00000002/weights").exists()

@@ -1,6 +1,7 @@
-"""Runs of the trainer with adapters, averages, other optimizers and the JSONs of `configs/`.
+"""Runs of the trainer with adapters, averages, other optimizers, recomputed blocks and the JSONs of
+`configs/`.
 
-Run once for the tests of lora, ema, optimizers and export; the functions here are called by the
+Run once for the tests of lora, ema, optimizers, activations, forecast and export; the functions here are called by the
 fixtures of conftest.py.
 """
 
@@ -17,6 +18,7 @@ from dde_fast.metrics import OF_THE_MACHINE
 EMA = {"ema_decay": 0.25}  # reached after two updates
 LORA = {"lora_rank": 4, "lora_alpha": 8, "beta": 100.0, **EMA}
 WIDE = "to_q,to_out.0,ff.net.0.proj,ff.net.2,proj_in,conv1,time_emb_proj,conv_shortcut"
+BLOCKS = "down_blocks.0,up_blocks.1"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.json"))
 QUANTISED = ["adamw8bit", "lion8bit"] if importlib.util.find_spec("bitsandbytes") else []
 ON_TWO = ["multi-node"]
@@ -64,17 +66,24 @@ def run_alone(path: Path) -> Folder:
         if n != 1:  # is made like stage 2
             jobs += run(f"lora{n}_resumed", ds=stage(n), **LORA, resume_at=4)
             jobs += run(f"ema{n}", ds=stage(n), **EMA)
+            jobs += run(f"blocks{n}", ds=stage(n), **EMA, checkpoint_blocks=BLOCKS)
+        if n == 2:  # what is recomputed is free when a run is continued
+            jobs += run("blocks_resumed", ds=stage(n), **EMA, steps=4)
+            more = {"checkpoint_blocks": "mid_block", "resume": "latest"}
+            jobs += run("blocks_resumed", ds=stage(n), **EMA, **more)
         if n > 1:
             half = stage(n, **BF16)
             jobs += run(f"lora_bf16_{n}", ds=half, **LORA | {"beta": 1.0})
             jobs += run(f"ema_bf16_{n}", ds=half, **EMA, steps=4, save_every=1, keep=0)
+    known = {"checkpoint_blocks": "down_blocks.0", "peak_tflops": 1e-3}
+    jobs += run("lora_blocks", ds=stage(3), **LORA, **known)
     jobs.append({"args": folder.args("finished", "ema2", ds=stage(2), resume="latest", **EMA)})
     for name in sorted(set(CONFIGS) - set(ON_TWO)):
         ds = config_json(name, 1)
         jobs += run(f"config_{name}", ds=ds, **EMA, steps=2)
         if name in RESUMED:
             jobs += run(f"config_{name}_resumed", ds=ds, **EMA, steps=2, resume_at=1)
-    folder.work(jobs, 1, "variants")
+    folder.printed = folder.work(jobs, 1, "variants")
     return folder
 
 

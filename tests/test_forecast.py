@@ -1,0 +1,84 @@
+"""What a run is predicted to take, for each way of running it."""
+
+import dataclasses
+import json
+import re
+import statistics
+
+import pytest
+import tiny
+import torch
+
+from dde_fast import forecast, models
+from dde_fast.cache import Cache
+from dde_fast.config import TrainConfig
+from dde_fast.deepspeed_config import EngineConfig, read_engine_config
+
+
+@pytest.fixture
+def engine(tmp_path) -> EngineConfig:
+    """fp32 without ZeRO, micro-batches of 4 pairs."""
+    return read_engine_config(
+        TrainConfig(deepspeed_config=str(tiny.write_ds(tmp_path / "d.json"))), 1
+    )
+
+
+def expected(model, cache, e, **settings) -> forecast.Forecast:
+    c = TrainConfig(model=str(model), **settings)
+    unet_config = models.load_unet_config(c.model)
+    return forecast.of_run(c, e, unet_config, Cache(cache), torch.device("cpu"))
+
+
+def test_a_run_is_predicted_as_it_is_configured(model, whole, engine):
+    plain = expected(model, whole, engine)
+    unet = models.load_unet(str(model))
+    count = sum(value.numel() for value in unet.parameters())
+    assert plain.needs["weights, gradients, optimizer"] == 16 * count
+    assert plain.needs["reference"] == 4 * count
+    assert plain.pairs_per_second is None  # nobody knows a CPU's peak
+    twice = expected(model, whole, dataclasses.replace(engine, micro_batch=8, batch=8))
+    assert twice.needs["activations"] == pytest.approx(2 * plain.needs["activations"], abs=1)
+    sizes = [plain.needs["activations"]]
+    for changes in ({"checkpoint_blocks": "up_blocks.0"}, {"gradient_checkpointing": True}):
+        sizes.append(expected(model, whole, engine, **changes).needs["activations"])
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+
+
+def test_speed_is_the_share_of_the_peak(model, whole, engine):
+    half = expected(model, whole, engine, peak_tflops=2.0, plan_share=0.5).pairs_per_second
+    whole_ = expected(model, whole, engine, peak_tflops=1.0, plan_share=1.0).pairs_per_second
+    assert half == whole_ > 0
+    again = expected(
+        model, whole, engine, peak_tflops=1.0, plan_share=1.0, gradient_checkpointing=True
+    )
+    assert again.pairs_per_second < whole_
+
+
+def test_what_was_is_written_beside_it(tmp_path):
+    c, cpu = TrainConfig(plan_share=0.5), torch.device("cpu")
+    line = forecast.outcome(
+        tmp_path, c, forecast.Forecast({"activations": 2**29}, 8.0), [1, 2, 9], cpu
+    )
+    assert line.startswith("memory: predicted 0.5 GiB, peak ")
+    assert line.endswith("pairs/s: predicted 8 at 0.5 of the peak, was 2 (--plan_share 0.125)")
+    record = json.loads((tmp_path / forecast.RECORD).read_text())
+    assert record["predicted"] == {"memory_gib": {"activations": 0.5}, "pairs_per_second": 8.0}
+    assert record["measured"]["share_of_peak"] == 0.125
+    line = forecast.outcome(tmp_path, c, forecast.Forecast({}, None), [3.0], cpu)
+    assert line.endswith("pairs/s: was 3")
+    assert [path.name for path in tmp_path.iterdir()] == [forecast.RECORD]
+
+
+def test_a_run_ends_with_what_was_expected_and_what_it_took(variants):
+    line = r"^memory: predicted (\S+) GiB, peak (\S+) GiB of the whole process; pairs/s: .*was \S+"
+    found = re.findall(line, variants.printed, re.M)
+    assert len(found) > 10 and all(0 < float(mine) < float(whole) for mine, whole in found)
+    known = r"pairs/s: predicted \S+ at 0.4 of the peak, was \S+ \(--plan_share \S+\)$"
+    assert len(re.findall(known, variants.printed, re.M)) == 1
+    machine = json.loads((variants.path / "ema0" / forecast.RECORD).read_text())
+    rates = [record["pairs_per_second"] for record in variants.metrics("ema0")]
+    assert machine["measured"]["pairs_per_second"] == pytest.approx(statistics.median(rates))
+    assert machine["predicted"]["pairs_per_second"] is machine["measured"]["share_of_peak"] is None
+    machine = json.loads((variants.path / "lora_blocks" / forecast.RECORD).read_text())
+    share = machine["measured"]["pairs_per_second"] / machine["predicted"]["pairs_per_second"]
+    assert machine["measured"]["share_of_peak"] == pytest.approx(0.4 * share)
