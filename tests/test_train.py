@@ -53,6 +53,12 @@ def watching(folder: Folder) -> dict:
     return validation | grids | {"peak_tflops": 1e-3}
 
 
+def counted(folder: Folder, name: str, **flags) -> dict:
+    """A run that notes how often the host waits in each step."""
+    syncs = str(folder.path / f"syncs_{name}.json")
+    return {"args": folder.args(name, **flags), "count_syncs": syncs}
+
+
 @pytest.fixture(scope="module")
 def alone(folder) -> Folder:
     """Everything that one rank can be asked to do."""
@@ -73,12 +79,9 @@ def alone(folder) -> Folder:
         {"args": folder.args("x", model=x_model)},
         {"args": [*folder.args("xl", ds=stage(2), model=xl_model), "--gradient_checkpointing"]},
         {"args": [*folder.args("checkpointing", ds=stage(1)), "--gradient_checkpointing"]},
-        {
-            "args": folder.args("split", ds=stage(1, **HALF, gradient_accumulation_steps=2)),
-            "count_syncs": str(folder.path / "syncs_split.json"),
-        },
+        counted(folder, "split", ds=stage(1, **HALF, gradient_accumulation_steps=2)),
         {"args": folder.args("json", ds=stage(1, optimizer=adamw))},
-        {"args": folder.args("syncs", log_every=3), "count_syncs": str(folder.path / "syncs.json")},
+        counted(folder, "syncs", log_every=3),
         {"args": folder.args("watched1", ds=stage(1), **watching(folder))},
         {"args": folder.args("watched_sft", objective="sft", steps=2, **watching(folder))},
     ]
@@ -90,9 +93,7 @@ def alone(folder) -> Folder:
         {"args": folder.args("streamed", ds=stage(1), pairs=cache.as_uri())},
         {"args": folder.args("blocks", ds=stage(1), pairs=cache, shuffle_block=2)},
     ]
-    for name in OFFLINE:
-        job = {"args": folder.args(name, objective=name, steps=OBJECTIVE_STEPS)}
-        jobs.append(job | {"count_syncs": str(folder.path / f"syncs_{name}.json")})
+    jobs += [counted(folder, name, objective=name, steps=OBJECTIVE_STEPS) for name in OFFLINE]
     # stage 3 comes last: DeepSpeed then replaces torch's linear for the rest of the process
     for n in range(4):
         jobs.append({"args": folder.args(f"zero{n}", ds=stage(n))})
@@ -230,26 +231,17 @@ def test_every_objective_trains(alone, name):
     assert any(not torch.equal(value, start[key]) for key, value in alone.unet(name).items())
 
 
-def test_the_host_never_waits_between_log_points(alone):
-    counts = json.loads((alone.path / "syncs.json").read_text())
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [("syncs", [0, 1, 0, 0]), ("split", [3] * 4), *((name, [1]) for name in OFFLINE)],
+)
+def test_the_host_never_waits_between_log_points(alone, run, expected):
+    """`syncs` logs after steps 3 and 6, the others after each; ZeRO stage 1 reads the norm twice
+    more, after the last of two micro-batches."""
+    counts = json.loads((alone.path / f"syncs_{run}.json").read_text())
     assert counts["control"] == 1
-    start, *steps = counts["steps"]  # the first includes loading everything
-    assert start > 0
-    assert steps == [0, 1, 0, 0, steps[-1]]  # logged after steps 3 and 6, and saved then
-
-
-def test_zero_reads_the_norm_once_per_optimizer_step(alone):
-    """DeepSpeed does so twice at stage 1, and not in the first of two micro-batches; and the log."""
-    counts = json.loads((alone.path / "syncs_split.json").read_text())
-    assert counts["steps"][1:-1] == [3] * (STEPS - 2)
-
-
-@pytest.mark.parametrize("name", OFFLINE)
-def test_nor_does_it_in_any_objective(alone, name):
-    """All that is read is what is logged, at once."""
-    counts = json.loads((alone.path / f"syncs_{name}.json").read_text())
-    assert counts["control"] == 1
-    assert counts["steps"][1:-1] == [1] * (OBJECTIVE_STEPS - 2)
+    assert counts["steps"][0] > 0  # loads everything
+    assert counts["steps"][1:-1] == expected  # the last saves
 
 
 def test_a_run_leaves_everything_it_promises(alone):
