@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.flops import peak_tflops
 from dde_fast.metrics import peak_memory
+from dde_fast.shards import write_file
 
 RECORD = "machine.json"
 """In a run's directory: what was expected, and what was."""
@@ -96,7 +96,5 @@ def outcome(
             "share_of_peak": share,
         },
     }
-    unfinished = output / f"{RECORD}.new"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(unfinished, output / RECORD)
+    write_file(output / RECORD, (json.dumps(record, indent=2) + "\n").encode())
     return line

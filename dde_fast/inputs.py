@@ -33,10 +33,10 @@ from dde_fast.trajectories import DDIMSteps
 
 FREE_ON_RESUME = frozenset(
     "preset deepspeed_config model pairs split limit output resume steps gradient_checkpointing "
-    "checkpoint_blocks plan plan_gpus plan_memory plan_share backend attention shard_reference cache_gib log_every save_every local_rank validation_pairs "
-    "validation_split validation_limit validation_draws validation_every grid_every grid_prompts "
-    "grid_images grid_steps grid_guidance prompts reward wandb_project peak_tflops keep "
-    "max_skipped max_winner_error".split()
+    "checkpoint_blocks plan plan_gpus plan_memory plan_share backend attention shard_reference "
+    "cache_gib log_every save_every local_rank validation_pairs validation_split validation_limit "
+    "validation_draws validation_every grid_every grid_prompts grid_images grid_steps "
+    "grid_guidance prompts reward wandb_project peak_tflops keep max_skipped max_winner_error".split()
 )
 """What may differ between a run and its continuation. Model, pairs, prompts and reward are
 compared by content."""
