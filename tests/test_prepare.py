@@ -12,10 +12,10 @@ import torch
 
 from dde_fast import images, prepare
 from dde_fast.cache import Cache
+from dde_fast.encoding_plan import make_plan
 from dde_fast.images import Geometry
 from dde_fast.models import Encoders
 from dde_fast.pairs import open_source
-from dde_fast.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
