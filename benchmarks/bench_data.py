@@ -14,8 +14,9 @@ from conftest import DEVICE, SMALL
 from torch.utils.data import DataLoader
 
 from dde_fast.cache import Cache
-from dde_fast.loader import Loader, PairStream, read_rows, to_batch
+from dde_fast.loader import Loader, PairStream, read, to_batch
 from dde_fast.manifest import fingerprint_of, shard_names, write_index
+from dde_fast.packing import Mover
 from dde_fast.shards import open_shard, write_shard
 
 PAIRS, BATCH, SHARD = (64, 16, 32) if SMALL else (2048, 16, 512)
@@ -66,8 +67,9 @@ class Mapped(torch.utils.data.Dataset):
         self.cache = cache
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        rows = self.cache.gather(torch.tensor([index]), torch.tensor([False]))
-        return rows.mean, rows.std, rows.embeddings[0]
+        rows = self.cache.rows(torch.tensor([index]), torch.tensor([False]))
+        mean, std = (torch.stack(rows[name]) for name in ("mean", "std"))
+        return mean, std, rows["embeddings"][0]
 
 
 def passes(cache: Cache):
@@ -80,11 +82,10 @@ def passes(cache: Cache):
         return sum(len(batch.pair_ids) for batch in batches)
 
     def at_once() -> int:
-        count = 0
+        mover, count = Mover(DEVICE), 0
         for start, stop in slices:
-            index, epochs = stream[start:stop]
-            rows = read_rows(cache, index, epochs, **OPTIONS)
-            count += len(to_batch(cache, rows, index, epochs, seed=0, device=DEVICE).pair_ids)
+            packed = mover.send(read(cache, *stream[start:stop], **OPTIONS, pinned=mover.pinned))
+            count += len(to_batch(mover.receive(packed), seed=0).pair_ids)
         return count
 
     order = stream[0:PAIRS][0].tolist()

@@ -64,6 +64,7 @@ def random_batch(unet: UNet2DConditionModel, latent: int, device: torch.device) 
     return Batch(
         latents=torch.randn(2, 4, latent, latent, device=device),
         embeddings=torch.randn(1, 77, width, device=device),
+        captions=torch.zeros(1, dtype=torch.int64, device=device),
         pooled=torch.randn(1, pooled, device=device) if xl else None,
         time_ids=torch.tensor([[side, side, 0, 0, side, side]] * 2, device=device) if xl else None,
         pair_ids=torch.zeros(1, dtype=torch.int64, device=device),

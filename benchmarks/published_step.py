@@ -128,7 +128,9 @@ class Encoded:
 
     def __call__(self) -> Inputs:
         batch = next(self.batches)
-        return Inputs(batch.latents, batch.embeddings, batch.pooled, batch.time_ids)
+        texts, pooled = batch.embeddings[batch.captions], batch.pooled
+        pooled = None if pooled is None else pooled[batch.captions]
+        return Inputs(batch.latents, texts, pooled, batch.time_ids)
 
 
 @dataclass

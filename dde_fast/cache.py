@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -47,22 +46,6 @@ def _read(location: str, name: str) -> bytes | None:
         raise ValueError(
             f"pairs: expected a folder or a URL, got {location!r} ({type(error).__name__}: {error})"
         ) from None
-
-
-@dataclass
-class Rows:
-    """Some pairs as they are stored, on the CPU: 2B images, winners first."""
-
-    mean: Tensor
-    """[2B, C, h, w] in the cache's dtype."""
-    std: Tensor
-    """[2B, C, h, w]."""
-    sizes: Tensor
-    """int32 [2B, 4]: height and width before scaling, top and left of the crop."""
-    embeddings: Tensor
-    """[B, L, D]."""
-    pooled: Tensor | None
-    """[B, P], for SDXL."""
 
 
 class Cache:
@@ -184,45 +167,39 @@ class Cache:
                     f"got {found} in {self.location!r}"
                 )
 
-    def gather(
+    def rows(
         self,
         index: Tensor,  # int64 [B], on the CPU
         without_caption: Tensor,  # bool [B]
-        pinned: bool = False,
-    ) -> Rows:
-        """Copy some pairs out of the mapped shards, into pinned memory if asked."""
-        images = torch.cat([self.winners[index], self.losers[index]]).numpy()
-        prompts = self.prompts[index].numpy()
-        found = self._rows("images", images)
-        texts = [
-            self.empty if empty else rows
-            for empty, rows in zip(
-                without_caption.numpy(), self._rows("prompts", prompts), strict=True
-            )
-        ]
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Some pairs as they lie in the mapped shards: nothing is copied, `packing.pack` does that.
 
-        def stacked(rows: list[dict[str, Tensor]], name: str) -> Tensor:
-            out = torch.empty(
-                len(rows), *rows[0][name].shape, dtype=rows[0][name].dtype, pin_memory=pinned
-            )
-            return torch.stack([row[name] for row in rows], out=out)
+        Returns:
+            mean, std: [C, h, w] of each of 2B images, winners first, in the cache's dtype.
+            sizes: of the same, int32 [4]: height and width before scaling, top and left of the crop.
+            embeddings: [L, D] of each distinct caption, the empty one for pairs without.
+            pooled: [P] of the same, for SDXL.
+            captions: int64 [B], which of these captions is each pair's.
+        """
+        images = torch.cat([self.winners[index], self.losers[index]])
+        prompts = torch.where(without_caption, EMPTY_CAPTION, self.prompts[index])
+        distinct, captions = prompts.unique(return_inverse=True)  # sorted: the empty one first
+        others = distinct[distinct != EMPTY_CAPTION]
+        empty = len(distinct) - len(others)  # 0 or 1; its shard may be far away
+        texts = self._rows("prompts", others, self.empty)
+        found = self._rows("images", images, sorted(TENSORS["images"]))
+        found |= {name: [self.empty[name]] * empty + rows for name, rows in texts.items()}
+        return found | {"captions": captions}
 
-        return Rows(
-            mean=stacked(found, "mean"),
-            std=stacked(found, "std"),
-            sizes=stacked(found, "sizes"),
-            embeddings=stacked(texts, "embeddings"),
-            pooled=stacked(texts, "pooled") if "pooled" in self.empty else None,
-        )
-
-    def _rows(self, kind: str, numbers: Iterable[int]) -> list[dict[str, Tensor]]:
-        opened: dict[int, Shard] = {}  # each shard is asked for once
-        rows = []
-        for number in numbers:
-            i, row = divmod(int(number), self.shard_size)
+    def _rows(self, kind: str, numbers: Tensor, names: Iterable[str]) -> dict[str, list[Tensor]]:
+        opened: dict[int, Shard] = {}  # each is asked for once
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
+        for number in numbers.tolist():
+            i, row = divmod(number, self.shard_size)
             if i not in opened:
                 opened[i] = self._shard(kind, number)
-            rows.append({name: rows_[row] for name, rows_ in opened[i].tensors.items()})
+            for name, found in rows.items():
+                found.append(opened[i].tensors[name][row])
         return rows
 
     def _shard(self, kind: str, number: int) -> Shard:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dde_fast import noise
-from dde_fast.cache import Cache, Rows
+from dde_fast.cache import Cache
+from dde_fast.packing import Mover, Packed, pack
 from dde_fast.reference_scores import ReferenceScores
 
 SHUFFLE = 2
@@ -28,7 +29,7 @@ SHUFFLE_BLOCK = 6
 WINDOW = 4
 """Blocks whose pairs are mixed with each other."""
 AHEAD = 3
-"""Batches made ready before they are asked for."""
+"""Batches made ready, on their device, before they are asked for."""
 
 
 @dataclass
@@ -38,16 +39,18 @@ class Batch:
     latents: Tensor
     """float32 [2B, C, h, w], winners first, sampled from the VAE's posterior."""
     embeddings: Tensor
-    """[B, L, D] in the cache's dtype, the empty caption's where it was dropped."""
-    pooled: Tensor | None
-    """[B, P] for SDXL."""
-    time_ids: Tensor | None
-    """float32 [2B, 6] for SDXL: original height and width, top and left of the crop, height and
-    width of the picture."""
+    """[U, L, D] of the distinct captions, in the cache's dtype."""
+    captions: Tensor
+    """int64 [B], which of them is each pair's: the empty one where it was dropped."""
     pair_ids: Tensor
     """int64 [B]."""
     draws: Tensor
     """int64 [B]: which of its draws each pair sees."""
+    pooled: Tensor | None = None
+    """[U, P] of the captions for SDXL."""
+    time_ids: Tensor | None = None
+    """float32 [2B, 6] for SDXL: original height and width, top and left of the crop, height and
+    width of the picture."""
     reference_errors: Tensor | None = None
     """float32 [2B], of the reference at this draw, where they were computed before."""
 
@@ -100,65 +103,46 @@ class InOrder(PairStream):
         return torch.arange(len(self.pair_ids))
 
 
-def read_rows(
+def read(
     cache: Cache,
     index: Tensor,  # int64 [B]
-    draws: Tensor,  # int64 [B]
+    epochs: Tensor,  # int64 [B]
     *,
     seed: int,
     caption_dropout: float,
+    scores: ReferenceScores | None = None,
     pinned: bool = False,
-) -> Rows:
-    """Some pairs out of a cache, on the CPU, captions dropped where this draw drops them."""
-    ids = cache.pair_ids[index]
+) -> Packed:
+    """All that a batch of these pairs is made from, out of the cache into one buffer on the CPU.
+
+    Captions are dropped where the pair's draw drops them. With reference scores the draws are
+    those that were scored, over and over, else the epochs.
+    """
+    ids, draws = cache.pair_ids[index], epochs if scores is None else epochs % scores.draws
     dropout = noise.pair_uniform(noise.CAPTION_DROPOUT, seed=seed, pair_ids=ids, draw=draws)
-    return cache.gather(index, dropout <= caption_dropout, pinned)
+    parts = cache.rows(index, dropout <= caption_dropout)
+    sizes = parts.pop("sizes")
+    if "pooled" in parts:
+        settings = cache.manifest.settings
+        target = torch.tensor([settings["height"], settings["width"]]).expand(len(sizes), 2)
+        parts["time_ids"] = torch.cat([torch.stack(sizes), target], dim=1).float()
+    if scores is not None:
+        parts["reference_errors"] = scores.of(index, draws)
+    return pack(parts | {"pair_ids": ids, "draws": draws}, pinned)
 
 
-def to_batch(
-    cache: Cache,
-    rows: Rows,
-    index: Tensor,  # int64 [B]
-    draws: Tensor,  # int64 [B]
-    *,
-    seed: int,
-    device: torch.device,
-    backend: str = "auto",
-    reference_errors: Tensor | None = None,  # float32 [2B]
-) -> Batch:
-    """Rows on the device, one copy per tensor, and a sample of each posterior.
+def to_batch(tensors: dict[str, Tensor], *, seed: int, backend: str = "auto") -> Batch:
+    """What `read` packed, on whichever device, with a sample of each posterior.
 
     The latent is mean + std · n with n the elements N … 3N-1 of the pair's normal stream, the
     winner's before the loser's; 0 … N-1 are the noise of training.
     """
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    def pinned(tensor: Tensor) -> Tensor:
-        return moved(tensor.pin_memory() if device.type == "cuda" else tensor)
-
-    ids, draws = pinned(cache.pair_ids[index]), pinned(draws)
-    latents, std = moved(rows.mean).float(), moved(rows.std).float()
-    shape = (3, *latents.shape[1:])
-    normal = noise.pair_noise(shape, seed=seed, pair_ids=ids, draw=draws, backend=backend)
+    latents, std = (tensors.pop(name).float() for name in ("mean", "std"))
+    key = {"seed": seed, "pair_ids": tensors["pair_ids"], "draw": tensors["draws"]}
+    normal = noise.pair_noise((3, *latents.shape[1:]), **key, backend=backend)
     for half, part in enumerate(latents.chunk(2)):
         part.addcmul_(std.chunk(2)[half], normal[:, 1 + half])
-    time_ids = None
-    if rows.pooled is not None:
-        settings = cache.manifest.settings
-        target = torch.tensor([settings["height"], settings["width"]])
-        time_ids = torch.cat([rows.sizes, target.expand(len(rows.sizes), 2)], dim=1).float()
-        time_ids = pinned(time_ids)
-    return Batch(
-        latents=latents,
-        embeddings=moved(rows.embeddings),
-        pooled=None if rows.pooled is None else moved(rows.pooled),
-        time_ids=time_ids,
-        pair_ids=ids,
-        draws=draws,
-        reference_errors=None if reference_errors is None else pinned(reference_errors),
-    )
+    return Batch(latents=latents, **tensors)
 
 
 class Loader:
@@ -187,10 +171,11 @@ class Loader:
         backend: str = "auto",
         scores: ReferenceScores | None = None,
     ):
-        self.cache, self.stream, self.device, self.scores = cache, stream, device, scores
+        self.cache, self.stream, self.scores = cache, stream, scores
         self.seed, self.caption_dropout, self.backend = seed, caption_dropout, backend
         self.waited = 0.0
         """Seconds that the caller waited for data, all in all."""
+        self._mover = Mover(device)
         self._ready: queue.Queue = queue.Queue(maxsize=AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -205,13 +190,10 @@ class Loader:
         began = time.perf_counter()
         item = self._ready.get()
         self.waited += time.perf_counter() - began
-        if not isinstance(item, tuple):
+        if not isinstance(item, Packed):
             self._ready.put(item)  # the end, for whoever asks again
             raise StopIteration if item is None else item
-        rows, index, draws = item
-        errors = None if self.scores is None else self.scores.of(index, draws)
-        options = {"seed": self.seed, "device": self.device, "backend": self.backend}
-        return to_batch(self.cache, rows, index, draws, reference_errors=errors, **options)
+        return to_batch(self._mover.receive(item), seed=self.seed, backend=self.backend)
 
     def close(self) -> None:
         """End the thread and let go of what it had ready."""
@@ -222,20 +204,12 @@ class Loader:
             self._thread.join(timeout=0.01)
 
     def _read_ahead(self, slices: Iterator[tuple[int, int]]) -> None:
+        options = {"seed": self.seed, "caption_dropout": self.caption_dropout}
+        options |= {"scores": self.scores, "pinned": self._mover.pinned}
         try:
             for start, stop in slices:
-                index, draws = self.stream[start:stop]
-                if self.scores is not None:
-                    draws = draws % self.scores.draws
-                rows = read_rows(
-                    self.cache,
-                    index,
-                    draws,
-                    seed=self.seed,
-                    caption_dropout=self.caption_dropout,
-                    pinned=self.device.type == "cuda",
-                )
-                if not self._put((rows, index, draws)):
+                packed = read(self.cache, *self.stream[start:stop], **options)
+                if not self._put(self._mover.send(packed)):
                     return
             self._put(None)
         except BaseException as error:  # raised where the batch is asked for

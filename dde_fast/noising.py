@@ -57,19 +57,20 @@ class Noising:
         key = {**self.key, "pair_ids": batch.pair_ids, "draw": batch.draws}
         timesteps = noise.sample_timesteps(self.timesteps, **key)
         noisy, eps = noise.add_noise(batch.latents, timesteps, self.alphas_cumprod, **key)
-        embeddings = torch.cat([batch.embeddings, batch.embeddings]).to(self.dtype)
+        captions = torch.cat([batch.captions, batch.captions])
+        embeddings = batch.embeddings.to(self.dtype).index_select(0, captions)
         return Noised(
             inputs=(noisy.to(self.dtype), torch.cat([timesteps, timesteps]), embeddings),
-            conditions={"added_cond_kwargs": self.added(batch), "return_dict": False},
+            conditions={"added_cond_kwargs": self.added(batch, captions), "return_dict": False},
             timesteps=timesteps,
             target=self.target(batch.latents, eps, timesteps),
         )
 
-    def added(self, batch: Batch) -> dict[str, Tensor] | None:
+    def added(self, batch: Batch, captions: Tensor) -> dict[str, Tensor] | None:
         """SDXL's further conditions, [2B, …]: the caption is the pair's, the sizes each image's."""
         if batch.pooled is None:
             return None
-        pooled = torch.cat([batch.pooled, batch.pooled]).to(self.dtype)
+        pooled = batch.pooled.to(self.dtype).index_select(0, captions)
         return {"text_embeds": pooled, "time_ids": batch.time_ids}
 
     def target(self, latents: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from dde_fast import embedded, images, models, reference_scoring
 from dde_fast.cache import Cache
 from dde_fast.config import parse_command_line
 from dde_fast.encode import encode_images, encode_prompts, read_pictures
+from dde_fast.encoding_plan import Plan, Unit, count_reasons, make_plan
 from dde_fast.engine import device_of_process, launch_environment, one_line_errors, say
 from dde_fast.manifest import (
     DTYPES,
@@ -52,7 +53,6 @@ from dde_fast.manifest import (
 )
 from dde_fast.models import Encoders
 from dde_fast.pairs import open_source
-from dde_fast.plan import Plan, Unit, count_reasons, make_plan
 from dde_fast.reference_scoring import ScoreConfig
 from dde_fast.shards import PARTIAL, Shard, check_content, open_shard, write_shard
 

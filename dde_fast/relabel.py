@@ -29,11 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dde_fast import embedded, images, rewards
+from dde_fast.encoding_plan import count_reasons
 from dde_fast.images import Unusable
 from dde_fast.manifest import check_settings, in_words, write_rejected, write_settings
 from dde_fast.pairs import Pair, Rejected, Source, open_source
 from dde_fast.parquet_pairs import IMAGES, UIDS, PickAPic, as_bytes
-from dde_fast.plan import count_reasons
 from dde_fast.records import check_caption
 from dde_fast.shards import PARTIAL, publish
 

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from dde_fast import shards
+from dde_fast.cache import Cache
 from dde_fast.manifest import MANIFEST, fingerprint_of, shard_names, write_index
 from dde_fast.models import Encoders
 from dde_fast.prepare import Preparation, PrepareConfig
@@ -37,6 +39,7 @@ def write_random(
     text: tuple[int, ...] = (8, 16),
     shard_size: int = 64,
     dtype: str = "float16",
+    pooled: int | None = None,
 ) -> Path:
     """A cache of random numbers: pair p has the images 2p and 2p + 1 and the prompt p, modulo."""
     settings = {"height": 32, "width": 32, "dtype": dtype, "shard_size": shard_size}
@@ -52,8 +55,10 @@ def write_random(
         for i, name in enumerate(shard_names(kind, rows, shard_size)):
             n = min(shard_size, rows - i * shard_size)
             tensors = {"embeddings": random(n, *text)}
+            if pooled is not None:
+                tensors["pooled"] = random(n, pooled)
             if kind == "images":
-                sizes = torch.full((n, 4), 32, dtype=torch.int32)
+                sizes = torch.randint(1, 99, (n, 4), generator=generator, dtype=torch.int32)
                 tensors = {"mean": random(n, *latent), "std": random(n, *latent).abs()}
                 tensors["sizes"] = sizes
             shards.write_shard(folder / name, tensors, fingerprint, {})
@@ -78,3 +83,13 @@ def contents(folder: Path) -> dict[str, str]:
     """Checksum of every shard of a finished cache."""
     manifest = json.loads((folder / MANIFEST).read_text())
     return {name: sha256 for name, (_, sha256) in manifest["shards"].items()}
+
+
+def stored(cache: Cache, index: torch.Tensor, dropped: torch.Tensor | None = None):
+    """The rows of some pairs as tensors, a caption for each; `dropped` are those without."""
+    none = torch.zeros(len(index), dtype=torch.bool)
+    found = cache.rows(index, none if dropped is None else dropped)
+    captions = found.pop("captions")
+    tensors = {name: torch.stack(rows) for name, rows in found.items()}
+    texts = {name: tensors[name][captions] for name in cache.empty}
+    return SimpleNamespace(**({"pooled": None} | tensors | texts))

@@ -28,12 +28,12 @@ def copied(folder, tmp_path):
 
 
 def rows(cache: Cache, *index: int, dropped: bool = False):
-    return cache.gather(torch.tensor(index), torch.full((len(index),), dropped))
+    return caches.stored(cache, torch.tensor(index), torch.full((len(index),), dropped))
 
 
-def test_gather_puts_winners_first_and_drops_captions(folder):
+def test_rows_put_winners_first_and_drop_captions(folder):
     cache = Cache(folder)
-    found = cache.gather(torch.tensor([47, 3]), torch.tensor([False, True]))
+    found = caches.stored(cache, torch.tensor([47, 3]), torch.tensor([False, True]))
     expected = []
     for image in (2 * 47 % 90, 6, (2 * 47 + 1) % 90, 7):
         shard = shards.open_shard(folder / f"images-{image // 10:05d}.safetensors")

@@ -42,6 +42,7 @@ def batch_of(width: int, pooled: int | None, count: int = 2) -> Batch:
     return Batch(
         latents=torch.randn(2 * count, 4, 4, 4),
         embeddings=torch.randn(count, tiny.LENGTH, width),
+        captions=torch.arange(count),
         pooled=None if pooled is None else torch.randn(count, pooled),
         time_ids=None if pooled is None else torch.randint(0, 1025, (2 * count, 6)).float(),
         pair_ids=torch.tensor([7, 40])[:count],

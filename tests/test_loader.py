@@ -9,7 +9,7 @@ import torch
 
 from dde_fast import loader, noise
 from dde_fast.cache import Cache
-from dde_fast.loader import Loader, PairStream, read_rows, to_batch
+from dde_fast.loader import Loader, PairStream, read, to_batch
 
 CPU = torch.device("cpu")
 
@@ -21,9 +21,8 @@ def cache(tmp_path_factory) -> Cache:
 
 
 def sync(cache: Cache, stream: PairStream, start: int, stop: int, caption_dropout: float = 0.3):
-    index, epochs = stream[start:stop]
-    rows = read_rows(cache, index, epochs, seed=5, caption_dropout=caption_dropout)
-    return to_batch(cache, rows, index, epochs, seed=5, device=CPU)
+    packed = read(cache, *stream[start:stop], seed=5, caption_dropout=caption_dropout)
+    return to_batch(packed.tensors(), seed=5)
 
 
 def load(cache: Cache, stream: PairStream, slices, **more) -> Loader:
@@ -82,7 +81,7 @@ def test_latents_are_samples_of_the_posterior(cache):
     stream = PairStream(cache.pair_ids, seed=5)
     batch = sync(cache, stream, 28, 33)  # across two epochs
     index, epochs = stream[28:33]
-    stored = cache.gather(index, torch.zeros(5, dtype=torch.bool))
+    stored = caches.stored(cache, index)
     normal = noise.pair_noise((3 * 64,), seed=5, pair_ids=cache.pair_ids[index], draw=epochs)
     for half in range(2):
         mean, std = (x.chunk(2)[half].float() for x in (stored.mean, stored.std))
@@ -99,20 +98,38 @@ def test_captions_are_dropped_by_the_pairs_own_choice(cache):
     key = {"seed": 5, "pair_ids": batch.pair_ids, "draw": batch.draws}
     dropped = noise.pair_uniform(noise.CAPTION_DROPOUT, **key) <= 0.3
     assert 0 < dropped.sum() < 30
-    expected = torch.where(dropped.view(-1, 1, 1), cache.empty["embeddings"], full.embeddings)
-    assert torch.equal(batch.embeddings, expected)
+    texts = full.embeddings[full.captions]
+    expected = torch.where(dropped.view(-1, 1, 1), cache.empty["embeddings"], texts)
+    assert torch.equal(batch.embeddings[batch.captions], expected)
     assert torch.equal(batch.latents, full.latents)
 
 
-def test_sdxl_gets_sizes_and_pooled_captions(cache, monkeypatch):
-    pooled = torch.randn(5, 12)
-    index, epochs = PairStream(cache.pair_ids, seed=5)[0:5]
-    rows = read_rows(cache, index, epochs, seed=5, caption_dropout=0)
-    rows.pooled, rows.sizes = pooled, torch.arange(40, dtype=torch.int32).reshape(10, 4)
-    batch = to_batch(cache, rows, index, epochs, seed=5, device=CPU)
-    assert torch.equal(batch.pooled, pooled)
-    assert batch.time_ids.dtype == torch.float32
-    assert batch.time_ids[7].tolist() == [28, 29, 30, 31, 32, 32]
+def test_sdxl_gets_sizes_and_pooled_captions(tmp_path):
+    options = {"pairs": 30, "images": 40, "prompts": 20, "shard_size": 16, "pooled": 12}
+    xl = Cache(caches.write_random(tmp_path / "cache", **options))
+    stream = PairStream(xl.pair_ids, seed=5)
+    batch, stored = sync(xl, stream, 0, 5, caption_dropout=0), caches.stored(xl, stream[0:5][0])
+    assert torch.equal(batch.pooled[batch.captions], stored.pooled)
+    assert batch.time_ids.dtype == torch.float32 and len(stored.sizes.unique(dim=0)) > 5
+    assert torch.equal(batch.time_ids[:, :4], stored.sizes.float())
+    assert batch.time_ids[:, 4:].tolist() == [[32, 32]] * 10
+
+
+def test_a_caption_travels_once_however_many_pairs_have_it(cache):
+    """Three pairs of one caption and two of another; then all without."""
+    index = torch.tensor([3, 1, 23, 21, 3])  # pair p has the caption p modulo 20
+    packed = {
+        dropout: read(cache, index, torch.arange(5), seed=5, caption_dropout=dropout)
+        for dropout in (0, 1)
+    }
+    own = packed[0].tensors()
+    texts = caches.stored(cache, index).embeddings
+    assert len(own["embeddings"]) == 2 and len(packed[1].tensors()["embeddings"]) == 1
+    assert torch.equal(own["embeddings"][own["captions"]], texts)
+    other = read(cache, torch.tensor([3, 1, 4, 5, 6]), torch.arange(5), seed=5, caption_dropout=0)
+    bytes_of = [one.buffer.nbytes for one in (other, packed[0], packed[1])]
+    caption = texts[0].nbytes
+    assert [bytes_of[0] - size for size in bytes_of] == [0, 3 * caption, 4 * caption]
 
 
 def test_the_loader_gives_what_reading_at_once_gives(cache):
@@ -130,35 +147,35 @@ def test_the_loader_gives_what_reading_at_once_gives(cache):
 
 
 def test_it_reads_ahead_and_no_further(cache, monkeypatch):
-    read, gather = threading.Semaphore(0), Cache.gather
+    asked, rows = threading.Semaphore(0), Cache.rows
 
     def noting(*args):
-        read.release()
-        return gather(*args)
+        asked.release()
+        return rows(*args)
 
-    monkeypatch.setattr(Cache, "gather", noting)
+    monkeypatch.setattr(Cache, "rows", noting)
     batches = load(cache, PairStream(cache.pair_ids, seed=5), [(i, i + 2) for i in range(50)])
     for _ in range(loader.AHEAD + 1):  # and one in its hands
-        assert read.acquire(timeout=20)
-    assert not read.acquire(timeout=0.3)
+        assert asked.acquire(timeout=20)
+    assert not asked.acquire(timeout=0.3)
     next(batches)
-    assert read.acquire(timeout=20)
+    assert asked.acquire(timeout=20)
     batches.close()
 
 
 def test_waiting_is_counted(cache, monkeypatch):
-    gather = Cache.gather
+    rows = Cache.rows
 
     def slow(*args):
         time.sleep(0.05)
-        return gather(*args)
+        return rows(*args)
 
-    monkeypatch.setattr(Cache, "gather", slow)
+    monkeypatch.setattr(Cache, "rows", slow)
     batches = load(cache, PairStream(cache.pair_ids, seed=5), [(0, 2)] * 4)
     for _ in range(4):
         next(batches)
     assert 0.1 < batches.waited < 2
-    monkeypatch.setattr(Cache, "gather", gather)
+    monkeypatch.setattr(Cache, "rows", rows)
     batches = load(cache, PairStream(cache.pair_ids, seed=5), [(0, 2)] * 3)
     time.sleep(0.3)
     next(batches)
@@ -173,7 +190,7 @@ def test_an_error_of_the_thread_is_raised_where_the_batch_is_asked_for(cache, mo
     many = [(0, 2)] * 100  # more than are read ahead before the fault
     batches = load(cache, PairStream(cache.pair_ids, seed=5), many)
     next(batches)
-    monkeypatch.setattr(Cache, "gather", broken)
+    monkeypatch.setattr(Cache, "rows", broken)
     with pytest.raises(ValueError, match="expected a whole shard"):
         for _ in range(loader.AHEAD + 3):
             next(batches)
@@ -205,6 +222,7 @@ def test_on_a_gpu_nothing_waits_and_the_numbers_are_the_same(cache):
         expected = sync(cache, stream, 4 * (i + 1), 4 * (i + 2))
         torch.testing.assert_close(batch.latents.cpu(), expected.latents, rtol=1e-5, atol=1e-5)
         assert torch.equal(batch.embeddings.cpu(), expected.embeddings)
+        assert torch.equal(batch.captions.cpu(), expected.captions)
         assert torch.equal(batch.pair_ids.cpu(), expected.pair_ids)
 
 

@@ -126,8 +126,7 @@ def step_of(model, dtype, merged: bool) -> tuple[torch.Tensor, torch.Tensor]:
     batch = Batch(
         latents=torch.randn(128, 4, 4, 4, generator=generator),
         embeddings=torch.randn(64, tiny.LENGTH, tiny.WIDTH, generator=generator),
-        pooled=None,
-        time_ids=None,
+        captions=torch.arange(64),
         pair_ids=torch.arange(64),
         draws=torch.zeros(64, dtype=torch.int64),
     )

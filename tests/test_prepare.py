@@ -12,10 +12,10 @@ import torch
 
 from dde_fast import images, prepare
 from dde_fast.cache import Cache
+from dde_fast.encoding_plan import make_plan
 from dde_fast.images import Geometry
 from dde_fast.models import Encoders
 from dde_fast.pairs import open_source
-from dde_fast.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,8 +26,7 @@ def rejected(folder: Path) -> list[dict]:
 
 def everything(folder: Path):
     cache = Cache(folder)
-    n = len(cache)
-    return cache, cache.gather(torch.arange(n), torch.zeros(n, dtype=torch.bool))
+    return cache, caches.stored(cache, torch.arange(len(cache)))
 
 
 def test_each_distinct_image_and_prompt_is_encoded_once(encoders, pairs, tmp_path, monkeypatch):

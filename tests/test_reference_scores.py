@@ -5,10 +5,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+import caches
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_runs import BF16, Folder, fails, stage
+from train_runs import BF16, STEPS, Folder, fails, stage
 
 from dde_fast import config, models, noise, prepare
 from dde_fast.cache import Cache
@@ -56,7 +57,8 @@ def folder(tmp_path_factory):
         "validation_limit": 5,
     }
     jobs = [{"args": folder.args("run", **(scored | {"reference_scores": 0}), **held_out)}]
-    jobs += [{"args": folder.args("read", **scored), "no_reference": True}]
+    syncs = str(folder.path / "syncs.json")
+    jobs += [{"args": folder.args("read", **scored), "no_reference": True, "count_syncs": syncs}]
     jobs += [{"args": folder.args("watched", **scored, **held_out)}]
     jobs += [{"args": folder.args("one_draw", **scored | {"reference_scores": 1})}]
     for objective in ("diffusion-dpo", "dde-step"):
@@ -93,7 +95,7 @@ def test_they_are_the_references_errors(folder):
             key = {"seed": 0, "pair_ids": pair[None], "draw": draw}
             no_caption = noise.pair_uniform(noise.CAPTION_DROPOUT, **key) <= 0.3
             dropped += int(no_caption)
-            rows = cache.gather(torch.tensor([row]), no_caption)
+            rows = caches.stored(cache, torch.tensor([row]), no_caption)
             eps, *samples = noise.pair_noise((3, 4, 4, 4), **key)[0].double()
             t = noise.sample_timesteps(probabilities, **key)
             for half in (0, 1):
@@ -131,6 +133,11 @@ def test_training_on_them_is_training_with_the_reference(folder):
         a, b = (folder.losses(f"{kind}-{objective}") for kind in ("read", "run"))
         assert (a - b).abs().max() < 1e-6
     assert (folder.losses("read-lora") - folder.losses("run-lora")).abs().max() < 1e-6
+
+
+def test_the_host_waits_for_nothing_but_the_log(folder):
+    counts = json.loads((folder.path / "syncs.json").read_text())
+    assert counts["control"] == 1 and counts["steps"][1:-1] == [1] * (STEPS - 2)
 
 
 def test_draws_are_cycled_through(folder):

@@ -16,7 +16,7 @@ from dde_fast import train
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
-OBJECTIVE_STEPS = 2
+OBJECTIVE_STEPS = 3
 
 
 def environment(**more: str) -> dict[str, str]:

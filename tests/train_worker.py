@@ -5,9 +5,10 @@
 Each job has `args` for `dde_fast.train.main` and optionally: `plain`, to train with PyTorch alone
 instead ("online": TailorPO); `stop`, [rank, step] at which that rank gets a SIGTERM; `tear`, a file
 to cut in half first; `no_reference`, to fail where a reference model is loaded; `count_syncs`, a
-file for the steps at which the host waited for the device; `backend`, of torch.compile in place of
-its default; `steady`, to fail where something is compiled after the first optimizer step; `exit`, the
-code that it must end with; or a fault of `faults.FAULTS` with its arguments.
+file for the steps at which the host waited for the device; `no_waiting`, to fail on a GPU where it
+does, and a file for the number of steps; `backend`, of torch.compile in place of its default; `steady`,
+to fail where something is compiled after the first optimizer step; `exit`, the code that it must end
+with; or a fault of `faults.FAULTS` with its arguments.
 """
 
 import contextlib
@@ -16,9 +17,11 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from unittest.mock import patch
 
+import caches
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
@@ -46,7 +49,7 @@ def plain(args: list[str]) -> None:
     preparation = open_pairs(c, c.pairs, c.split, c.limit)
     preparation.run()
     data = Cache(preparation.folder)
-    everything = data.gather(torch.arange(len(data)), torch.zeros(len(data), dtype=torch.bool))
+    everything = caches.stored(data, torch.arange(len(data)))
     mean, std, sizes = (
         x.float().chunk(2) for x in (everything.mean, everything.std, everything.sizes)
     )
@@ -129,8 +132,8 @@ def count_syncs(args: list[str], path: Path) -> None:
         counts.append(syncs.count)
         syncs.count = 0
 
-    def counting_tolist(tensor):  # not dispatched
-        syncs.count += 1
+    def counting_tolist(tensor):  # not dispatched; the loader's thread has tensors of the CPU alone
+        syncs.count += threading.current_thread() is threading.main_thread()
         return tolist(tensor)
 
     metrics.RunLog.advance, torch.Tensor.tolist = counting_advance, counting_tolist
@@ -145,6 +148,25 @@ def count_syncs(args: list[str], path: Path) -> None:
         metrics.RunLog.advance, torch.Tensor.tolist = advance, tolist
         ops._check_timesteps, ops._is_one = looks
     path.write_text(json.dumps({"control": control, "steps": counts}))
+
+
+def without_waiting(args: list[str], path: Path) -> None:
+    """Train on a GPU, every step but the first two under the condition that the host waits for
+    nothing; writes the number of those steps."""
+    take_step, steps = train.take_step, 0
+
+    def watched(*args):
+        nonlocal steps
+        steps += 1
+        torch.cuda.set_sync_debug_mode("error" if steps > 2 else "default")
+        try:
+            return take_step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with patch.object(train, "take_step", watched):
+        train.main(args)
+    path.write_text(json.dumps(steps - 2))
 
 
 def stop_at(rank: int, step: int, args: list[str]) -> None:
@@ -217,6 +239,8 @@ def run(job: dict) -> None:
         plain(job["args"])
     elif "stop" in job:
         stop_at(*job["stop"], job["args"])
+    elif "no_waiting" in job:
+        without_waiting(job["args"], Path(job["no_waiting"]))
     elif "count_syncs" in job:
         count_syncs(job["args"], Path(job["count_syncs"]))
     else:
