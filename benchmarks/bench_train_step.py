@@ -97,7 +97,7 @@ class Variant:
 
 
 def configure(
-    case: Case, folder: Path, small: bool, compile: str
+    case: Case, folder: Path, small: bool, compile: str = ""
 ) -> tuple[TrainConfig, EngineConfig, Path]:
     """Model, pairs, prepared cache and reference scores in a folder, and the run's configuration."""
     model, count = "embedded", 64 if small else 256
