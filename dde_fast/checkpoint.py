@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,9 @@ def save(
     collect_errors(engine, failures)
     if first:  # what a run that was killed here left
         shutil.rmtree(path, ignore_errors=True)
-        for leftover in directory.glob(f"*{PARTIAL}"):
-            leftover.unlink()
+        with failures.kept():
+            for leftover in directory.glob(f"*{PARTIAL}"):
+                leftover.unlink()
     dist.barrier()
     try:
         # what is frozen is the model's own, which `identity` names
@@ -169,14 +171,21 @@ def find(resume: str, directory: Path) -> tuple[Checkpoint, list[str]]:
     raise ValueError(f"resume: expected a complete checkpoint in {str(place)!r}, got {found}")
 
 
-def check_continues(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
+def check_continues(
+    checkpoint: Checkpoint, identity: dict[str, Any], defaults: Mapping[str, Any]
+) -> None:
     """Refuse to continue another run.
+
+    Args:
+        checkpoint: to continue from.
+        identity: of the run that would.
+        defaults: what settings were that the checkpoint's writer did not know yet.
 
     Raises:
         ValueError: naming the first setting that differs.
     """
     for key in sorted(checkpoint.identity.keys() | identity.keys()):  # model before pairs
-        theirs, ours = checkpoint.identity.get(key), identity.get(key)
+        theirs, ours = checkpoint.identity.get(key, defaults.get(key)), identity.get(key)
         if theirs != ours:
             raise ValueError(
                 f"resume: {key}: expected {theirs!r} as in {str(checkpoint.path)!r}, got {ours!r}"

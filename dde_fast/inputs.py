@@ -125,7 +125,7 @@ def read_inputs(c: TrainConfig, e: EngineConfig) -> Inputs:
         **content,
     }
     if start is not None:
-        checkpoint.check_continues(start, identity)
+        checkpoint.check_continues(start, identity, asdict(TrainConfig()))
         check_ranks(c, e, start)
     if c.lora_rank:  # after the model's fingerprint was taken
         lora.add_adapters(unet, c)
@@ -232,7 +232,9 @@ def open_scores(
         dtype=e.dtype,
     )
     scores = ReferenceScores.open(pairs, settings, c.reference_scores, scoring_command(c, e))
-    say(f"reference scores: {scores.draws} draws per pair, cycled through; no reference is loaded")
+    say(
+        f"reference scores: {scores.draws} draws per pair, cycled through; training runs no reference"
+    )
     return scores
 
 

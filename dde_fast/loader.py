@@ -207,6 +207,7 @@ class Loader:
         options = {"seed": self.seed, "caption_dropout": self.caption_dropout}
         options |= {"scores": self.scores, "pinned": self._mover.pinned}
         try:
+            self._mover.begin()
             for start, stop in slices:
                 packed = read(self.cache, *self.stream[start:stop], **options)
                 if not self._put(self._mover.send(packed)):

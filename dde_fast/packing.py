@@ -78,6 +78,12 @@ class Mover:
         """Whether what is sent should be packed into pinned memory."""
         return self.stream is not None
 
+    def begin(self) -> None:
+        """To be called first in the thread that sends: a new thread's current device is the first one,
+        where this process may have nothing to do."""
+        if self.stream is not None:
+            torch.cuda.set_device(self.device)
+
     def send(self, packed: Packed) -> Packed:
         """Begin to copy; on the CPU there is nothing to copy."""
         if self.stream is None:

@@ -92,9 +92,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         grids = Grids(inputs.model, inputs.grid_prompts, c, e.dtype, device)
     pairs_at_peak = flops.pairs_at_peak(c, e, inputs.unet, data, device)
     expected = None
-    if dist.get_rank() == 0 and isinstance(data, Cache):
-        expected = forecast.of_run(c, e, inputs.unet.config, data, device)
     with one_line_errors():
+        if dist.get_rank() == 0 and isinstance(data, Cache):
+            expected = forecast.of_run(c, e, inputs.unet.config, data, device)
         forward = build(c, e, inputs, device)
         if start is not None:
             checkpoint.load(forward.engine, forward.loss_fn, start, output / "checkpoints")
@@ -114,7 +114,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     if device.type == "cuda":  # what encoding took is not training's
         torch.cuda.reset_peak_memory_stats()
 
-    # The loop: the host waits for the device where it logs or saves, and nowhere else
+    # The loop: the host waits for the device where it logs or saves and, once a step, where ZeRO does
     while done < c.steps and not (stopped or diverged):
         learning_rate = forward.engine.get_lr()[0]
         stopped = not take_step(forward, e, batches, meter, skips, stop)
@@ -163,8 +163,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     else:
         folders = export.save_results(forward.engine, c, inputs.source, inputs.identity)
         say(f"trained: {', '.join(map(str, folders))}")
-    if expected is not None and log.rates:
-        say(forecast.outcome(output, c, expected, log.rates, device))
+    with one_line_errors(own=True):
+        if expected is not None and log.rates:
+            say(forecast.outcome(output, c, expected, log.rates, device))
     dist.barrier()
 
 

@@ -30,6 +30,16 @@ def load(cache: Cache, stream: PairStream, slices, **more) -> Loader:
     return Loader(cache, stream, slices, **options)
 
 
+def test_the_thread_that_reads_ahead_is_the_one_that_begins(cache, monkeypatch):
+    begun = []
+    monkeypatch.setattr(
+        loader.Mover, "begin", lambda mover: begun.append(threading.current_thread().name)
+    )
+    batches = load(cache, PairStream(cache.pair_ids, seed=1), [(0, 4)])
+    assert len(next(batches).pair_ids) == 4 and begun == ["dde_fast loader"]
+    batches.close()
+
+
 @pytest.mark.parametrize("block", [0, 4])
 def test_every_epoch_is_another_permutation(cache, block):
     stream = PairStream(cache.pair_ids, seed=0, block=block)

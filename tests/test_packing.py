@@ -86,6 +86,18 @@ def test_one_copy_takes_everything_to_a_device():
     }
 
 
+def test_the_thread_that_sends_works_on_the_ranks_own_device(monkeypatch):
+    """A new thread begins on the first one, and would take memory there for every rank."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    mover = Mover(CPU)
+    mover.begin()
+    assert chosen == []
+    mover.device, mover.stream = torch.device("cuda", 3), object()
+    mover.begin()
+    assert chosen == [torch.device("cuda", 3)]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_no_buffer_is_overwritten_too_early():
     """The device is kept busy while many batches are sent, and reads each of them late."""

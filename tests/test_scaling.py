@@ -102,14 +102,14 @@ def test_efficiency_by_hand_and_falling_with_the_gpus():
             assert all(a <= b for a, b in zip(low, high, strict=True))
 
 
-def test_the_assumptions_give_the_figures_they_are_named_by():
+def test_the_assumptions_give_the_figures_they_are_named_by(tmp_path):
     """10 % of an A100 is what SD 1.5's published runs reach; the goal is 68 and 90 pairs/s of SD 1.5, 8 and
     10.7 of SDXL on an H200."""
-    published, goal, scored = table.ways("sd15")
+    published, goal, scored = table.ways("sd15", tmp_path)
     assert published.pairs_per_s(312.0) == pytest.approx(2.96, rel=0.05)
     assert goal.pairs_per_s() == pytest.approx(68, rel=0.01)
     assert scored.pairs_per_s() == pytest.approx(90, rel=0.01)
-    _, goal, scored = table.ways("sdxl")
+    _, goal, scored = table.ways("sdxl", tmp_path)
     assert goal.pairs_per_s() == pytest.approx(8, rel=0.01)
     assert scored.pairs_per_s() == pytest.approx(10.7, rel=0.01)
     assert "384 |" in table.cost_table()

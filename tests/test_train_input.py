@@ -228,6 +228,17 @@ def test_only_one_process_of_a_machine_speaks(folder, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
+def test_settings_newer_than_a_checkpoint_were_at_their_defaults():
+    """A run of an older version goes on; what it did not have cannot be added to it."""
+    start = checkpoint.Checkpoint(Path("step-1"), 1, 16, 1, 0, {"beta": 50.0})
+    defaults = {"beta": 1.0, "compile": ""}
+    checkpoint.check_continues(start, {"beta": 50.0, "compile": ""}, defaults)
+    with pytest.raises(ValueError, match="resume: compile: expected '' .* got 'whole'"):
+        checkpoint.check_continues(start, {"beta": 50.0, "compile": "whole"}, defaults)
+    with pytest.raises(ValueError, match="resume: beta: expected 50.0 .* got 1.0"):
+        checkpoint.check_continues(start, {"beta": 1.0, "compile": ""}, defaults)
+
+
 @pytest.mark.parametrize("damage", ["marker", "file", "size", "content", "json"])
 def test_an_incomplete_checkpoint_is_not_taken(tmp_path, damage):
     for step in (1, 2):
