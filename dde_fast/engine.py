@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -72,7 +73,14 @@ def start_process() -> torch.device:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     deepspeed.init_distributed("gloo")
+    atexit.register(_leave)
     return device
+
+
+def _leave() -> None:
+    """Gloo's threads must not still run when the process is torn down: it would abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_json(e: EngineConfig) -> None:
@@ -259,6 +267,7 @@ class Ranks:
         if self.count > 1 and not dist.is_initialized():
             # on the CPU, and patient: one of them may sample for hours longer than the others
             dist.init_process_group("gloo", timeout=timedelta(days=30))
+            atexit.register(_leave)
 
     def gather(self, own: Any) -> list[Any]:
         """What each of them has; all must call."""

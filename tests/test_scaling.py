@@ -1,15 +1,13 @@
 """The model of many GPUs against cases by hand, its page, and ranks that are really measured."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from report_folders import write_step
+from train_runs import ROOT, environment
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scaling_table as table  # noqa: E402  (a script's folder)
 
@@ -20,9 +18,8 @@ def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("scaling") / "scaling-embedded.json"
     command = [sys.executable, "benchmarks/scaling.py", "embedded", "--small", "--rounds", "2"]
     command += ["--steps", "1", "--ranks", "2", "--accumulation", "2", "--output", str(path)]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    env |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    options = {"cwd": ROOT, "env": environment(), "timeout": 300}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return path
 
