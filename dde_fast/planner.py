@@ -95,10 +95,9 @@ class Model:
         kept |= {"moments": MOMENTS.get(c.optimizer, MOMENTS["adamw"]), "offload": offload}
         state = bytes_per_gpu(self.frozen, self.trained, **kept)
         ema = bytes_per_gpu(self.frozen, self.trained, **kept, ema=bool(c.ema_decay)) - state
-        sizes = (self.frozen + self.trained, self.trained, e.ranks, e.stage)
-        buffers = buffer_bytes(*sizes, e.json, width=width)
+        buffers = buffer_bytes(self.frozen + self.trained, e.stage, e.json, width=width)
         activations = round(2 * e.micro_batch * peak)
-        step = step_bytes(*sizes[1:], width)
+        step = step_bytes(self.trained, e.ranks, e.stage, e.json, width=width)
         return {
             "weights, gradients, optimizer": state,
             "average of the weights": ema,
