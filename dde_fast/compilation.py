@@ -45,23 +45,37 @@ def use_compile(unet: UNet2DConditionModel, name: str) -> None:
         COMPILE[name](unet)
 
 
-def check_compile(c: TrainConfig, e: EngineConfig, device: torch.device) -> None:
-    """Refuse to compile where it cannot be.
+def check_compile_settings(c: TrainConfig, stage: int) -> None:
+    """Refuse to compile what cannot be, on any machine.
+
+    Args:
+        c: of the run.
+        stage: of ZeRO.
 
     Raises:
-        ValueError: an unknown name, weights that ZeRO stage 3 shares out, or a machine without a
-            compiler that works.
+        ValueError: an unknown name, or weights that are shared out.
     """
     if not c.compile:
         return
     if c.compile not in COMPILE:
         raise ValueError(f"compile: expected none or one of {list(COMPILE)}, got {c.compile!r}")
-    if e.stage == 3 or c.shard_reference:
+    if stage == 3 or c.shard_reference:
         why = "shard_reference" if c.shard_reference else "ZeRO stage 3"
         raise ValueError(
             f"compile: expected whole weights on each rank, got {c.compile!r} with {why}, whose "
             "hooks gather them layer by layer"
         )
+
+
+def check_compile(c: TrainConfig, e: EngineConfig, device: torch.device) -> None:
+    """Refuse to compile where it cannot be.
+
+    Raises:
+        ValueError: as `check_compile_settings`, or a machine without a compiler that works.
+    """
+    check_compile_settings(c, e.stage)
+    if not c.compile:
+        return
 
     def compiled_plus(x: torch.Tensor) -> torch.Tensor:
         return x + torch.compiler.is_compiling()

@@ -130,9 +130,9 @@ class TrainConfig:
     plan: bool = False
     """Print what to use on this machine's GPUs, with memory and speed to be expected, and end."""
     plan_gpus: int = 0
-    """GPUs to plan for; 0 = this machine's."""
+    """With --plan, GPUs to plan for; 0 = this machine's."""
     plan_memory: float = 0.0
-    """GiB of each GPU to plan for; 0 = as this machine's have."""
+    """With --plan, GiB of each GPU to plan for; 0 = as this machine's have."""
     plan_share: float = 0.4
     """Share of the peak that predicted speed assumes; a run's last line says what it was."""
     attention: str = "sdpa"
@@ -249,7 +249,6 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "sdxl": sdxl,
 }
 
-
 OFFLINE = (
     "pairs limit caption_dropout shuffle_block cache_gib validation_pairs validation_split "
     "validation_limit validation_draws validation_every reference_scores"
@@ -358,6 +357,8 @@ def check(config: TrainConfig) -> None:
         ("peak_tflops", 0 <= c.peak_tflops < math.inf, "0 (of the known GPUs) or more"),
         ("plan_gpus", c.plan_gpus >= 0, "0 (this machine's) or more"),
         ("plan_memory", 0 <= c.plan_memory < math.inf, "0 (as this machine's) or more"),
+        ("plan_gpus", c.plan or not c.plan_gpus, "none without --plan"),
+        ("plan_memory", c.plan or not c.plan_memory, "none without --plan"),
         ("plan_share", 0 < c.plan_share <= 1, "above 0, at most 1"),
         ("keep", c.keep >= 0, "0 (all) or a number of checkpoints"),
         ("max_skipped", c.max_skipped >= 1, "at least 1"),
@@ -386,13 +387,12 @@ def check(config: TrainConfig) -> None:
                     f"{name}: expected none with objective {c.objective!r}, as it is {whose}, "
                     f"got {getattr(c, name)!r}"
                 )
-    needs_reference = objective.needs_reference
-    if c.reference_scores and not needs_reference:
+    if c.reference_scores and not objective.needs_reference:
         raise ValueError(
             f"reference_scores: expected 0 for {c.objective}, which has no reference, got "
             f"{c.reference_scores}"
         )
-    if c.shard_reference and (c.lora_rank or c.reference_scores or not needs_reference):
+    if c.shard_reference and (c.lora_rank or c.reference_scores or not objective.needs_reference):
         why = "lora_rank: the reference is the policy's base" if c.lora_rank else c.objective
         why = "reference_scores" if c.reference_scores else why
         raise ValueError(f"shard_reference: expected a model of its own to share, got {why}")

@@ -94,13 +94,19 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def complete(
-    raw: dict[str, Any], config: TrainConfig, world_size: int, together: int = 1
+    raw: dict[str, Any],
+    config: TrainConfig,
+    world_size: int,
+    together: int = 1,
+    *,
+    here: bool = True,
 ) -> EngineConfig:
     """Complete and check what a DeepSpeed JSON says.
 
     Args:
         raw: as `read_json` gives it.
         config, world_size, together: as in `read_engine_config`.
+        here: whether this machine is to run it.
 
     Raises:
         ValueError: as `read_engine_config`.
@@ -144,7 +150,7 @@ def complete(
         raise ValueError(
             f"deepspeed_config: zero_optimization.stage: expected 0 to 3, got {stage!r}"
         )
-    return EngineConfig(ds, micro_batch, accumulation, batch, stage, _dtype(ds, stage))
+    return EngineConfig(ds, micro_batch, accumulation, batch, stage, _dtype(ds, stage, here))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -211,14 +217,25 @@ def _is_optimizer(kind: Any) -> bool:
     return own or kind.lower() in DEEPSPEED_OPTIMIZERS
 
 
-def _batches(ds: dict[str, Any], world_size: int, together: int) -> tuple[int, int, int]:
-    """(micro-batch, accumulation, pairs per optimizer step), as DeepSpeed completes them."""
-    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-    for name in names:
+SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+
+
+def read_sizes(ds: dict[str, Any]) -> list[int | None]:
+    """Micro-batch, accumulation and pairs per optimizer step as a JSON gives them, None where not.
+
+    Raises:
+        ValueError: one of them is no number above 0.
+    """
+    for name in SIZES:
         value = ds.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"deepspeed_config: {name}: expected a number above 0, got {value!r}")
-    micro, accumulation, batch = (ds.get(name) for name in names)
+    return [ds.get(name) for name in SIZES]
+
+
+def _batches(ds: dict[str, Any], world_size: int, together: int) -> tuple[int, int, int]:
+    """(micro-batch, accumulation, pairs per optimizer step), as DeepSpeed completes them."""
+    (micro, accumulation, batch), names = read_sizes(ds), SIZES
     if micro is None and batch is None:
         raise ValueError(f"deepspeed_config: {names[0]}: expected a number of pairs, got none")
     if micro is None:
@@ -240,7 +257,7 @@ def _batches(ds: dict[str, Any], world_size: int, together: int) -> tuple[int, i
     return micro, accumulation, product
 
 
-def _dtype(ds: dict[str, Any], stage: int) -> torch.dtype:
+def _dtype(ds: dict[str, Any], stage: int, here: bool) -> torch.dtype:
     """The engine's dtype; refuses the combinations that DeepSpeed gets wrong."""
     bf16 = any(ds.get(key, {}).get("enabled", False) is True for key in ("bf16", "bfloat16"))
     fp16 = ds.get("fp16", {}).get("enabled", False) is True
@@ -251,6 +268,6 @@ def _dtype(ds: dict[str, Any], stage: int) -> torch.dtype:
             "deepspeed_config: zero_optimization.stage: expected 1, 2 or 3 with 16 bits (stage 0 "
             "takes one optimizer step before the first and keeps no exact fp32 weights), got 0"
         )
-    if fp16 and not torch.cuda.is_available():
+    if fp16 and here and not torch.cuda.is_available():
         raise ValueError("deepspeed_config: fp16: expected bf16 or fp32 on a CPU, got fp16")
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32

@@ -35,6 +35,13 @@ MOMENTS = {"adamw": 8, "adamw8bit": 2, "lion8bit": 1, "adafactor": 0}
 """Optimizer -> bytes of its moments per trained parameter. The JSON's own counts as AdamW."""
 
 
+BUCKET, PREFETCH, REUSE = 5e8, 5e7, 1e9
+"""DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_prefetch_bucket_size and
+stage3_max_reuse_distance."""
+REDUCED = 5e8
+"""Elements that it reduces at once without buckets, whatever `reduce_bucket_size` says."""
+
+
 def bytes_per_gpu(
     frozen: int,
     trained: int,
@@ -66,47 +73,53 @@ def bytes_per_gpu(
     return round(width * frozen / (ranks if stage == 3 else 1) + each * trained + width * reference)
 
 
-def step_bytes(trained: int, ranks: int, stage: int, width: int = 2) -> int:
-    """What the optimizer step takes for itself, when the activations are gone: ZeRO flattens its share
-    of the float32 gradients. Stages 1 and 2 in 16 bits sum them flat; stage 0 needs no copy.
+def step_bytes(
+    trained: int, ranks: int, stage: int, json: Mapping[str, Any], *, width: int = 2
+) -> int:
+    """What comes and goes between backward pass and next forward pass, when the activations are gone.
+
+    bf16 with float32 sums at ZeRO stage 1: DeepSpeed 0.19 reduces one flat float32 buffer, on one rank
+    as well, which it casts whole to what it communicates in. Stage 0 reduces copies of the gradients,
+    `REDUCED` of them at once; on one rank it is told not to. Otherwise ZeRO flattens its share of the
+    float32 gradients for the optimizer; in 16 bits stages 1 and 2 sum them flat.
 
     Args:
         trained, ranks, stage, width: as in `bytes_per_gpu`.
+        json: DeepSpeed's.
     """
-    return 0 if stage == 0 or (stage < 3 and width == 2) else round(4 * trained / ranks)
+    whole = sums_whole(stage, json)
+    sent = json.get("communication_data_type") or ("bf16" if whole else "fp32")
+    cast = 0 if sent.lower() == "fp32" else 2
+    if whole:
+        return cast * trained
+    if stage == 0:
+        return round((4 + cast) * min(trained, REDUCED)) if ranks > 1 else 0
+    return 0 if stage < 3 and width == 2 else round(4 * trained / ranks)
 
 
-BUCKET, PREFETCH, REUSE = 5e8, 5e7, 1e9
-"""DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_prefetch_bucket_size and
-stage3_max_reuse_distance."""
+def sums_whole(stage: int, json: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed sums bf16 gradients in one flat float32 buffer on each rank."""
+    bf16 = any(json.get(key, {}).get("enabled", False) for key in ("bf16", "bfloat16"))
+    sums = json.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32", "float")
+    offload = json.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return stage == 1 and bf16 and sums and offload.get("device") != "cpu"
 
 
-def buffer_bytes(
-    parameters: int,
-    trained: int,
-    ranks: int,
-    stage: int,
-    json: Mapping[str, Any],
-    *,
-    width: int = 2,
-) -> int:
-    """What DeepSpeed 0.19 communicates in: a buffer for gradients from ZeRO stage 1 on.
+def buffer_bytes(parameters: int, stage: int, json: Mapping[str, Any], *, width: int = 2) -> int:
+    """What DeepSpeed 0.19 keeps to communicate in beside the activations: ZeRO's buckets of gradients.
 
-    Without ZeRO, and at stage 1 with bf16 summed in float32, several ranks reduce a copy instead.
+    There are none without ZeRO and where bf16 is summed whole: what these reduce in is `step_bytes`'.
     Stage 3 also keeps gathered weights that the backward pass needs again soon.
 
     Args:
         parameters: of the policy.
-        trained: those of them that are.
-        ranks, stage, width: as in `bytes_per_gpu`.
+        stage, width: as in `bytes_per_gpu`.
         json: DeepSpeed's.
     """
+    if stage == 0 or sums_whole(stage, json):
+        return 0
     zero = json.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size", BUCKET)
-    bf16 = any(json.get(key, {}).get("enabled", False) for key in ("bf16", "bfloat16"))
-    sums = json.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    if stage == 0 or (stage == 1 and bf16 and sums):
-        return round(4 * min(trained, bucket)) if ranks > 1 else 0
     if stage == 3:
         gathered = zero.get("stage3_max_reuse_distance", REUSE) / 2
         gathered += zero.get("stage3_prefetch_bucket_size", PREFETCH)

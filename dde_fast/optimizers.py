@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,12 @@ def unsplittable(c: TrainConfig, e: EngineConfig) -> str | None:
     return "the maxima of amsgrad" if params.get("amsgrad") else None
 
 
-def check_optimizer(c: TrainConfig) -> None:
-    """Refuse an optimizer that is not in the table.
+def check_optimizer(c: TrainConfig, ds: Mapping[str, Any]) -> None:
+    """Refuse an optimizer that is not in the table, or beside the DeepSpeed JSON's own.
+
+    Args:
+        c: of the run.
+        ds: the JSON, checked.
 
     Raises:
         ValueError: naming those that are.
@@ -86,6 +90,11 @@ def check_optimizer(c: TrainConfig) -> None:
     if c.optimizer not in ("auto", *OPTIMIZERS):
         raise ValueError(
             f"optimizer: expected auto or one of {list(OPTIMIZERS)}, got {c.optimizer!r}"
+        )
+    if "optimizer" in ds and c.optimizer != "auto":
+        raise ValueError(
+            f"optimizer: expected auto beside {c.deepspeed_config!r}, which names "
+            f"{ds['optimizer']['type']!r}, got {c.optimizer!r}"
         )
 
 
@@ -98,13 +107,8 @@ def load_optimizer(
         ValueError: an unknown name, a package that is not installed, or a contradiction to the
             DeepSpeed JSON.
     """
-    check_optimizer(c)
+    check_optimizer(c, e.json)
     if "optimizer" in e.json:
-        if c.optimizer != "auto":
-            raise ValueError(
-                f"optimizer: expected auto beside {c.deepspeed_config!r}, which names "
-                f"{e.json['optimizer']['type']!r}, got {c.optimizer!r}"
-            )
         return None
     name = "adamw" if c.optimizer == "auto" else c.optimizer
     row = OPTIMIZERS[name]

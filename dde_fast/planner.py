@@ -4,7 +4,8 @@ Nothing is loaded: the UNet of the model's configuration is counted on the meta 
 (`dde_fast.activations`), everything else by formula (`dde_fast.memory`). Of what fits into a GPU's
 memory less `MARGIN` the planner takes, in this order,
 
-1. ZeRO stage 3, which gathers weights in every pass, only where no lower one fits;
+1. ZeRO stage 3, which gathers weights in every pass, only where no lower one fits, and never with
+   `compile`, which needs them whole;
 2. a micro-batch of at least `ENOUGH` operations in one forward pass, else half of that, …;
 3. the blocks whose recomputation costs the fewest operations;
 4. the lowest ZeRO stage;
@@ -33,15 +34,16 @@ from dde_fast import activations, lora, models
 from dde_fast.activations import Activations, Option
 from dde_fast.attention import check_attention
 from dde_fast.cache import Cache, is_cache
+from dde_fast.compilation import check_compile_settings
 from dde_fast.config import TrainConfig
-from dde_fast.deepspeed_config import EngineConfig, complete, read_json
+from dde_fast.deepspeed_config import EngineConfig, complete, read_json, read_sizes
 from dde_fast.flops import peak_tflops
 from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes
 from dde_fast.objectives import get_objective
 from dde_fast.optimizers import OPTIMIZERS, check_optimizer
 
 PAIRS = 2048
-"""Per optimizer step where the JSON does not say: the paper's."""
+"""Per optimizer step where the JSON says nothing of it: the paper's."""
 MARGIN = 0.1
 """Of a GPU's memory stays free: fragmentation, the kernels' own workspace, what is not counted."""
 CONTEXT = 2**30
@@ -95,10 +97,9 @@ class Model:
         kept |= {"moments": MOMENTS.get(c.optimizer, MOMENTS["adamw"]), "offload": offload}
         state = bytes_per_gpu(self.frozen, self.trained, **kept)
         ema = bytes_per_gpu(self.frozen, self.trained, **kept, ema=bool(c.ema_decay)) - state
-        sizes = (self.frozen + self.trained, self.trained, e.ranks, e.stage)
-        buffers = buffer_bytes(*sizes, e.json, width=width)
+        buffers = buffer_bytes(self.frozen + self.trained, e.stage, e.json, width=width)
         activations = round(2 * e.micro_batch * peak)
-        step = step_bytes(*sizes[1:], width)
+        step = step_bytes(self.trained, e.ranks, e.stage, e.json, width=width)
         return {
             "weights, gradients, optimizer": state,
             "average of the weights": ema,
@@ -230,9 +231,10 @@ def make_plan(
         gpus: on what.
 
     Raises:
-        ValueError: nothing fits, saying how much is missing, or the batch cannot be split.
+        ValueError: nothing fits, saying how much is missing, or the batch cannot be split; as
+            `stages_of`.
     """
-    batch, forward = raw.get("train_batch_size", PAIRS), 2 * model.activations.forward
+    (batch, _), forward = batch_of(c, raw, gpus.count), 2 * model.activations.forward
     if batch % gpus.count:
         raise ValueError(
             f"plan_gpus: expected a divisor of train_batch_size = {batch}, got {gpus.count}"
@@ -240,13 +242,13 @@ def make_plan(
     each = batch // gpus.count
     sizes = [2**n for n in reversed(range(each.bit_length())) if each % 2**n == 0]
     busy = min((size for size in sizes if size * forward >= ENOUGH), default=sizes[0])
-    row, lowest = OPTIMIZERS.get(c.optimizer), 0 if dtype == torch.float32 else 1
-    stages = [range(1)] if row and not row.partitions else [range(lowest, 3), range(3, 4)]
-    options, least_needed = model.activations.options(), math.inf
+    stages, options = stages_of(c, dtype), model.activations.options()
+    least_needed = math.inf
     for some, least in itertools.product(stages, (size for size in sizes if size <= busy)):
         sensible = [size for size in sizes if least <= size <= USEFUL * busy]
         for option, stage, micro in itertools.product(options, some, sensible):
-            e = complete(with_choice(raw, batch, micro, gpus.count, stage), c, gpus.count)
+            choice = with_choice(raw, batch, micro, gpus.count, stage)
+            e = complete(choice, c, gpus.count, here=False)
             needs = model.needs(c, e, option.peak)
             total = sum(needs.values()) + CONTEXT
             if total <= (1 - MARGIN) * gpus.memory:
@@ -259,6 +261,49 @@ def make_plan(
         f"{MARGIN:.0%} of it to stay free, got {gpus.memory / 2**30:.3g}; more GPUs take less each, and "
         "so do --lora_rank, --reference_scores, --shard_reference and --optimizer adamw8bit"
     )
+
+
+def batch_of(c: TrainConfig, raw: dict[str, Any], ranks: int) -> tuple[int, str]:
+    """Pairs per optimizer step, and why so many.
+
+    Args:
+        c: of the run.
+        raw: its DeepSpeed JSON.
+        ranks: to train on.
+
+    Raises:
+        ValueError: the JSON gives something else than numbers.
+    """
+    micro, accumulation, batch = read_sizes(raw)
+    if batch is not None:
+        return batch, f"train_batch_size of {c.deepspeed_config!r}"
+    if micro is None:
+        return PAIRS, f"the paper's, as {c.deepspeed_config!r} gives no micro-batch and no batch"
+    accumulation = accumulation or 1
+    each = f"micro-batch {micro} × accumulation {accumulation} of {c.deepspeed_config!r}"
+    return micro * accumulation * ranks, f"{each} × {ranks} GPU{'s' * (ranks > 1)}"
+
+
+def stages_of(c: TrainConfig, dtype: torch.dtype) -> list[range]:
+    """ZeRO stages that a run may have; those of a later range where none of an earlier one fits.
+
+    Args:
+        c: of the run.
+        dtype: of the engine.
+
+    Raises:
+        ValueError: there is none for its optimizer.
+    """
+    row, sixteen = OPTIMIZERS.get(c.optimizer), dtype != torch.float32
+    if row and not row.partitions:
+        if sixteen:
+            raise ValueError(
+                "optimizer: expected one that works on the flat slices of ZeRO, which 16 bits need, "
+                f"got {c.optimizer!r}; use another, or a JSON for fp32"
+            )
+        return [range(1)]
+    lower = range(1 if sixteen else 0, 3)
+    return [lower] if c.compile else [lower, range(3, 4)]
 
 
 def with_choice(
@@ -285,22 +330,29 @@ def report(c: TrainConfig) -> str:
     """The plan for a configuration, for people.
 
     Raises:
-        ValueError: as `make_plan` and `find_gpus`; an objective that samples its pairs.
+        ValueError: as `make_plan` and `find_gpus`; what training would refuse on any machine; an
+            objective that samples its pairs; blocks that are already chosen.
     """
     if get_objective(c.objective).online:
         raise ValueError(
             "plan: expected an objective that trains on pairs, as what sampling and rewards take is "
             f"not counted, got {c.objective!r}"
         )
-    check_optimizer(c)
+    if c.checkpoint_blocks:
+        raise ValueError(
+            "checkpoint_blocks: expected none beside --plan, which chooses them, got "
+            f"{c.checkpoint_blocks!r}"
+        )
     check_attention(c.attention)
+    check_compile_settings(c, 0)  # the stage is free
     raw = read_json(c.deepspeed_config)
-    parts = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    raw = {key: value for key, value in raw.items() if key not in parts}
+    read_sizes(raw)
     zero = raw.get("zero_optimization", {})
-    free = {parts[0]: 1, "train_batch_size": raw.get("train_batch_size", PAIRS)}
-    free["zero_optimization"] = zero | {"stage": 1} if isinstance(zero, dict) else zero
-    dtype = complete(raw | free, c, 1).dtype
+    free = with_choice(raw, 1, 1, 1, 1) if isinstance(zero, dict) else raw
+    e = complete(free, c, 1, here=False)
+    dtype = e.dtype
+    check_optimizer(c, e.json)
+    stages_of(c, dtype)  # whether there are any
     gpus = find_gpus(c, dtype)
     config = models.load_unet_config(c.model)
     model = read_model(c, config, dtype, **shapes_of(c, config))
@@ -320,6 +372,7 @@ def describe(c: TrainConfig, model: Model, gpus: Gpus, plan: Plan, raw: dict[str
         ("model", f"{c.model}, {model.trained:,} trained parameters{adapters}, {c.objective}"),
         ("ZeRO stage", f"{e.stage}"),
         ("micro-batch", f"{e.micro_batch} pairs per GPU, {e.accumulation} per step of {e.batch}"),
+        ("batch", f"{e.batch} pairs per step: {batch_of(c, raw, gpus.count)[1]}"),
         ("recomputed blocks", f"{recomputed} ({more:+.1%} operations)"),
         ("memory per GPU", f"{total / gib:.2f} GiB predicted; {MARGIN:.0%} is to stay free"),
         *((f"  {name}", f"{size / gib:.2f} GiB") for name, size in plan.needs.items() if size),

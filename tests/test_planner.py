@@ -94,6 +94,59 @@ def test_zero_3_only_where_no_lower_stage_fits(sd15):
     assert plan(sd15, 6, 64, shard_reference=True).engine.stage == 2
 
 
+def test_what_is_compiled_is_never_shared_out(sd15):
+    """Where stage 3 would be chosen, there is no plan with --compile; elsewhere it is the same."""
+
+    def stage(gib: float, **changes) -> int | None:
+        try:
+            return plan(sd15, gib, 64, **changes).engine.stage
+        except ValueError as error:
+            assert str(error).startswith("plan_memory: expected at least")
+            return None
+
+    sizes = [4 + n / 8 for n in range(24)]
+    usual = [stage(gib) for gib in sizes]
+    assert {None, 2, 3} <= set(usual)
+    expected = [None if number == 3 else number for number in usual]
+    assert [stage(gib, compile="regional") for gib in sizes] == expected
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_bf16_is_reduced_when_the_activations_are_gone(sd15, sums):
+    """With float32 sums at stage 1; else in buckets beside them."""
+    raw = RAW if sums else {key: value for key, value in RAW.items() if key != "data_types"}
+    e = complete(raw | {"train_batch_size": 8}, PRESETS["sd15"](), 1)
+    e = dataclasses.replace(e, batch=1, accumulation=1, micro_batch=1)
+    few, many = (sd15.needs(PRESETS["sd15"](), e, size) for size in (1000.0, 1e9))
+    assert few["more in the optimizer step"] == (2 * 859_520_964 - 2000 if sums else 0)
+    assert many["more in the optimizer step"] == 0  # activations of 2 GB are more
+    assert few["DeepSpeed's buffers"] == many["DeepSpeed's buffers"] == (0 if sums else 10**9)
+
+
+MICRO, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected", "why"),
+    [
+        ({"train_batch_size": 64, MICRO: 8}, 64, "train_batch_size of 'ds.json'"),
+        ({MICRO: 16}, 64, "micro-batch 16 × accumulation 1 of 'ds.json' × 4 GPUs"),
+        ({MICRO: 2, ACCUMULATION: 3}, 24, "micro-batch 2 × accumulation 3 of 'ds.json' × 4 GPUs"),
+        ({ACCUMULATION: 3}, 2048, "the paper's, as 'ds.json' gives no micro-batch and no batch"),
+    ],
+)
+def test_the_batch_is_the_jsons(sd15, raw, expected, why):
+    c = dataclasses.replace(PRESETS["sd15"](), deepspeed_config="ds.json")
+    gpus = Gpus(4, 80 * 2**30, "", None)
+    assert planner.batch_of(c, raw, 4) == (expected, why)
+    bf16 = raw | {"bf16": {"enabled": True}}
+    found = planner.make_plan(c, bf16, torch.bfloat16, sd15, gpus)
+    assert found.engine.batch == expected
+    text = planner.describe(c, sd15, gpus, found, bf16)
+    assert re.search(rf"^batch +{expected} pairs per step: {re.escape(why)}$", text, re.M)
+    assert json.loads(text.split("ds.json:\n")[1])["train_batch_size"] == expected
+
+
 def test_the_step_needs_its_copy_of_the_gradients_where_activations_are_small(sd15):
     small = plan(sd15, 4.4, 64, shard_reference=True)
     assert small.needs["more in the optimizer step"] == 0  # 54 MB, less than the activations
@@ -190,7 +243,7 @@ def test_what_is_printed_can_be_used(folder, capsys, monkeypatch, model, ds, mor
     c = config.parse([*asked, *shlex.split(printed)])
     ranks = c.plan_gpus or 1
     e = complete(json.loads(fragment), c, ranks)
-    assert e.batch == ds.get("train_batch_size", 2048)
+    assert e.batch == ds.get("train_batch_size", 4)  # its micro-batch, on one GPU
     assert re.search(rf"^ZeRO stage +{e.stage}$", text, re.M)
     assert f"{e.micro_batch} pairs per GPU, {e.accumulation} per step of {e.batch}" in text
     recomputed = re.search(r"recomputed blocks +(.+?) \(", text).group(1)
@@ -207,8 +260,9 @@ def test_what_is_printed_can_be_used(folder, capsys, monkeypatch, model, ds, mor
 
 def test_the_embedded_model_without_a_known_peak(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    train.main(["--plan", "--plan_memory", "8"])
+    train.main(["--plan", "--plan_memory", "8", "--plan_gpus", "1"])
     text = capsys.readouterr().out
+    assert "16 pairs per step: micro-batch 16 × accumulation 1 of 'ds.json' × 1 GPU\n" in text
     assert "embedded, 3,4" in text and "unknown without the GPU's peak: --peak_tflops" in text
 
 
@@ -217,6 +271,18 @@ BAD = {
     "too little": (["--plan_memory", "0.5"], "plan_memory: expected at least"),
     "no divisor": (["--plan_gpus", "7"], "plan_gpus: expected a divisor of train_batch_size = 64"),
     "optimizer": (["--optimizer", "adam"], "optimizer: expected auto or one of ['adamw'"),
+    "compile": (
+        ["--compile", "all"],
+        "compile: expected none or one of ['regional', 'whole'], got",
+    ),
+    "compiled, shared": (
+        ["--compile", "whole", "--shard_reference"],
+        "compile: expected whole weights on each rank, got 'whole' with shard_reference",
+    ),
+    "blocks": (
+        ["--checkpoint_blocks", "mid_block"],
+        "checkpoint_blocks: expected none beside --plan, which chooses them, got 'mid_block'",
+    ),
     "attention": (["--attention", "paged"], "attention: expected one of ['sdpa'"),
     "negative": (["--plan_gpus", "-1"], "plan_gpus: expected 0"),
     "too much": (["--plan_share", "1.5"], "plan_share: expected above 0, at most 1, got 1.5"),
@@ -234,11 +300,39 @@ def test_bad_flags_are_one_line_and_exit_2(folder, capfd, monkeypatch, name):
     assert message in fails([*flags(folder, "sd", train_batch_size=64), *more], capfd)
 
 
-@pytest.mark.parametrize("ds", [{"train_batch_size": "auto"}, {"zero_optimization": 1}])
-def test_a_bad_json_is_one_line_and_exit_2(folder, capfd, ds):
-    assert f"deepspeed_config: {next(iter(ds))}: expected" in fails(
-        flags(folder, "sd", **ds), capfd
-    )
+BF16 = {"bf16": {"enabled": True}}
+OWN = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+BAD_JSON = [
+    ({"train_batch_size": "auto"}, [], "deepspeed_config: train_batch_size: expected"),
+    ({MICRO: "auto"}, [], f"deepspeed_config: {MICRO}: expected a number above 0, got 'auto'"),
+    ({ACCUMULATION: 0}, [], f"deepspeed_config: {ACCUMULATION}: expected a number above 0, got 0"),
+    ({"zero_optimization": 1}, [], "deepspeed_config: zero_optimization: expected"),
+    (
+        BF16,
+        ["--optimizer", "adafactor"],
+        "optimizer: expected one that works on the flat slices of",
+    ),
+    (OWN, ["--optimizer", "adamw8bit"], "optimizer: expected auto beside"),
+]
+
+
+@pytest.mark.parametrize(("ds", "more", "message"), BAD_JSON)
+def test_a_bad_json_is_one_line_and_exit_2(folder, capfd, ds, more, message):
+    assert f"error: {message}" in fails([*flags(folder, "sd", **ds), *more], capfd)
+
+
+def test_adafactor_in_fp32_is_planned_without_zero(folder, capsys):
+    train.main([*flags(folder, "sd"), "--optimizer", "adafactor"])
+    assert re.search("^ZeRO stage +0$", capsys.readouterr().out, re.M)
+
+
+def test_another_machine_may_run_fp16(folder, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    asked = flags(folder, "sd", fp16={"enabled": True})
+    train.main(asked)
+    assert re.search("^ZeRO stage +1$", capfd.readouterr().out, re.M)
+    assert "plan_memory: expected the GiB" in fails([*asked, "--plan_memory", "0"], capfd)
 
 
 def test_this_machines_gpus(monkeypatch):

@@ -75,6 +75,11 @@ BAD = {
     "no patience": (["--max_skipped", "0"], "max_skipped: expected at least 1, got 0"),
     "no multiple": (["--max_winner_error", "1"], "max_winner_error: expected above 1, got 1.0"),
     "unknown backend": (["--backend", "tpu"], "backend: expected one of"),
+    "GPUs, no plan": (["--plan_gpus", "2"], "plan_gpus: expected none without --plan, got 2"),
+    "GiB, no plan": (
+        ["--plan_memory", "24"],
+        "plan_memory: expected none without --plan, got 24.0",
+    ),
     "no such pairs": (
         ["--pairs", "nowhere.parquet"],
         "got 'nowhere.parquet', where there is nothing",
