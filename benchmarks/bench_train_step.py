@@ -67,7 +67,7 @@ CASES = {
     "sd15": Case("sd15", latent=64, pairs=8, dtype="bfloat16"),
     "sdxl": Case("sdxl", latent=128, pairs=2, dtype="bfloat16", checkpointing=True),
 }
-"""What can be measured. `sd15-32` is for a CPU with 20 GiB free, the last two are for a GPU."""
+"""What can be measured. `sd15-32` is for a CPU with 22 GiB free, the last two are for a GPU."""
 
 BETA = 5000.0
 
