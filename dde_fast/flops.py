@@ -41,6 +41,13 @@ def peak_tflops(device_name: str, dtype: torch.dtype) -> float | None:
     return next((peak for name, peak in known if re.search(rf"\b{name}\b", device_name)), None)
 
 
+def peak_of(c: TrainConfig, dtype: torch.dtype, device: torch.device) -> float | None:
+    """A run's peak per device, 10¹² operations per second: the one it gives, else the known one; None
+    where there is none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return c.peak_tflops or peak_tflops(name, dtype)
+
+
 def pairs_at_peak(
     c: TrainConfig, e: EngineConfig, unet: torch.nn.Module, data: Cache | Any, device: torch.device
 ) -> float | None:
@@ -57,8 +64,7 @@ def pairs_at_peak(
     """
     if get_objective(c.objective).online:
         return None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    peak = c.peak_tflops or peak_tflops(name, e.dtype)
+    peak = peak_of(c, e.dtype, device)
     if peak is None:
         return None
     pooled = data.empty.get("pooled")

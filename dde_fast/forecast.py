@@ -16,7 +16,7 @@ from dde_fast.activations import recomputed_blocks
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
-from dde_fast.flops import peak_tflops
+from dde_fast.flops import peak_of
 from dde_fast.metrics import peak_memory
 from dde_fast.shards import write_file
 
@@ -53,9 +53,8 @@ def of_run(
     recomputed = recomputed_blocks(c, model.activations.blocks)
     peak = model.activations.peak(recomputed)
     needs = model.needs(c, e, peak, host=device.type == "cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    known = c.peak_tflops or peak_tflops(name, e.dtype)
     operations = model.operations(recomputed)
+    known = peak_of(c, e.dtype, device)
     return Forecast(needs, planner.speed_of(c, operations, e.ranks, known))
 
 

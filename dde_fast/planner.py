@@ -37,7 +37,7 @@ from dde_fast.cache import Cache, is_cache
 from dde_fast.compilation import check_compile_settings
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json, read_sizes
-from dde_fast.flops import peak_tflops
+from dde_fast.flops import peak_of
 from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes
 from dde_fast.objectives import get_objective
 from dde_fast.optimizers import OPTIMIZERS, check_optimizer
@@ -214,7 +214,7 @@ def find_gpus(c: TrainConfig, dtype: torch.dtype) -> Gpus:
     if c.plan_memory:
         return Gpus(count, round(c.plan_memory * 2**30), "", c.peak_tflops or None)
     found = torch.cuda.get_device_properties(0)
-    peak = c.peak_tflops or peak_tflops(found.name, dtype)
+    peak = peak_of(c, dtype, torch.device("cuda", 0))
     return Gpus(count, found.total_memory, found.name, peak)
 
 
