@@ -34,7 +34,7 @@ from dde_fast.checkpoint_files import (
     reshard,
     without_pickle,
 )
-from dde_fast.shards import PARTIAL, write_file
+from dde_fast.shards import sweep, write_file
 
 MARKER = "COMPLETE"
 SMALL = 2**20
@@ -89,8 +89,7 @@ def save(
     if first:  # what a run that was killed here left
         shutil.rmtree(path, ignore_errors=True)
         with failures.kept():
-            for leftover in directory.glob(f"*{PARTIAL}"):
-                leftover.unlink()
+            sweep(directory)
     dist.barrier()
     try:
         # what is frozen is the model's own, which `identity` names

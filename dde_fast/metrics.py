@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dde_fast.loss import PreferenceOutput
-from dde_fast.shards import PARTIAL, write_file
+from dde_fast.shards import sweep, write_file
 
 BINS = 10
 """Equal parts of the schedule for which every metric of the pairs is logged by itself."""
@@ -192,8 +192,7 @@ class RunLog:
         if not self.active:
             return
         output.mkdir(parents=True, exist_ok=True)
-        for leftover in output.glob(f"*{PARTIAL}"):  # of a run that was killed
-            leftover.unlink()
+        sweep(output)
         write_file(output / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
         self.metrics = output / "metrics.jsonl"
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []

@@ -35,7 +35,7 @@ from dde_fast.manifest import check_settings, in_words, write_rejected, write_se
 from dde_fast.pairs import Pair, Rejected, Source, open_source
 from dde_fast.parquet_pairs import IMAGES, UIDS, PickAPic, as_bytes
 from dde_fast.records import check_caption
-from dde_fast.shards import PARTIAL, publish
+from dde_fast.shards import publish, sweep
 
 ROWS = 64
 """Read, scored and written at a time."""
@@ -88,8 +88,7 @@ def relabel(
     own, label = list(zip(parts, paths, strict=True))[rank::ranks], Labeller(scorers, batch, device)
     for part, path in tqdm(own, desc="relabelling", unit="part", disable=rank != 0 or None):
         if not path.is_file():
-            for leftover in output.glob(f"{path.name}.*{PARTIAL}"):
-                leftover.unlink()
+            sweep(output, f"{path.name}.*")
             write_tables(path, map(label, part))
     if lacking := sum(not path.is_file() for path in paths):
         return f"part {rank} of {ranks} is done; {lacking} of {len(parts)} files are still missing"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dde_fast import models
 from dde_fast.noise import pair_noise
-from dde_fast.shards import PARTIAL, write_file
+from dde_fast.shards import sweep, write_file
 
 LORA = "pytorch_lora_weights.safetensors"
 """The file that makes a directory one of adapters."""
@@ -193,8 +193,7 @@ class Images:
         removed."""
         lacking = [number for number in numbers if not is_whole(self.path(number))]
         for number in lacking:
-            for partial in self.folder.glob(f"{number:05d}.png.*{PARTIAL}"):
-                partial.unlink()
+            sweep(self.folder, f"{number:05d}.png.*")
         return lacking
 
     def write(self, number: int, image: Tensor) -> None:  # [3, H, W] in [0, 1]

@@ -66,6 +66,12 @@ def publish(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of a file, or of all, in a folder where nobody else writes it."""
+    for leftover in folder.glob(f"{name}{PARTIAL}"):
+        leftover.unlink()
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file by `publish`."""
     with publish(path) as file:
@@ -195,8 +201,7 @@ class StreamedShards(Shards):
         return self._opened[name]
 
     def _fetch(self, path: Path, name: str) -> None:
-        for leftover in self.folder.glob(f"*{PARTIAL}"):  # who holds the lock is alone here
-            leftover.unlink()
+        sweep(self.folder)  # who holds the lock is alone here
         self._make_room(self.limit - self.expected[name][0])
         partial = path.with_name(name + PARTIAL)
         try:
