@@ -145,17 +145,24 @@ void gradient_row(const float* o, const float* y, float* g, int64_t n, float fac
   }
 }
 
+// Both halves block by block, so that a target they share comes from the nearest cache.
 template <class E>
 void gradient_rows(const GradientTask& task, int64_t pair, int64_t begin, int64_t end) {
+  float factors[2];
   for (int64_t half = 0; half < 2; ++half) {
-    const int64_t sample = pair + half * task.pairs;
-    const E* o = row<E>(task.policy, sample, task.n) + begin;
-    const E* y = row<E>(task.target, sample, task.n) + begin;
-    E* g = static_cast<E*>(task.gradient) + sample * task.n + begin;
-    const double exact = task.factors[sample];
-    const float factor = exact == exact ? static_cast<float>(exact) : __builtin_nanf("");
-    task.stream ? gradient_row<true>(o, y, g, end - begin, factor)
-                : gradient_row<false>(o, y, g, end - begin, factor);
+    const double exact = task.factors[pair + half * task.pairs];
+    factors[half] = exact == exact ? static_cast<float>(exact) : __builtin_nanf("");
+  }
+  for (int64_t at = begin; at < end; at += BLOCK) {
+    const int64_t n = end - at < BLOCK ? end - at : BLOCK;
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t sample = pair + half * task.pairs;
+      const E* o = row<E>(task.policy, sample, task.n) + at;
+      const E* y = row<E>(task.target, sample, task.n) + at;
+      E* g = static_cast<E*>(task.gradient) + sample * task.n + at;
+      task.stream ? gradient_row<true>(o, y, g, n, factors[half])
+                  : gradient_row<false>(o, y, g, n, factors[half]);
+    }
   }
 }
 

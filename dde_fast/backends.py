@@ -40,8 +40,9 @@ def why_not(backend: str, device: torch.device) -> str | None:
     return None
 
 
-_fastest: dict[str, str] = {}
-"""device type -> what `auto` found, once per process: asking costs microseconds in every step."""
+_serving: dict[tuple[str, torch.device], str] = {}
+"""(backend, device) -> who serves, found once per process: asking costs microseconds in every
+step."""
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -50,11 +51,16 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     Raises:
         ValueError: an unknown backend, or one that cannot serve the device, with the reason.
     """
+    found = _serving.get((backend, device))
+    if found is None:
+        found = _serving[backend, device] = _find_backend(backend, device)
+    return found
+
+
+def _find_backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
-        if device.type not in _fastest:
-            able = (name for name in AUTO.get(device.type, ()) if why_not(name, device) is None)
-            _fastest[device.type] = next(able, "reference")
-        return _fastest[device.type]
+        able = (name for name in AUTO.get(device.type, ()) if why_not(name, device) is None)
+        return next(able, "reference")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {['auto', *BACKENDS]}, got {backend!r}")
     reason = why_not(backend, device)
@@ -113,19 +119,21 @@ def differentiable(gradient: type[torch.autograd.Function]) -> Callable:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
 
-        def with_autograd(first, *rest, run=below_autograd):
+        def with_autograd(first, *rest, run=below_autograd, apply=gradient.apply):
             if torch.is_grad_enabled() and first.requires_grad:
                 others: list[Tensor] = []
-                return *gradient.apply(run, others, first, rest), *others
+                return *apply(run, others, first, rest), *others
             return run(first, *rest)
 
         torch.library.impl(name, "Autograd", with_autograd)
+        # without Function's own way around functorch, which costs microseconds
+        plain_apply = super(torch.autograd.Function, gradient).apply
 
         @functools.wraps(function)
         def call(first, *rest):
-            if _in_plain_eager(first):
-                return with_autograd(first, *rest, run=function)
-            return op(first, *rest)
+            if not _in_plain_eager(first):
+                return op(first, *rest)
+            return with_autograd(first, *rest, run=function, apply=plain_apply)
 
         return call
 

@@ -51,11 +51,14 @@ def why_not(device: torch.device | str) -> str | None:
     return _why_not(torch.device(device).type)
 
 
-def _ops(device: torch.device):
+@cache
+def _op(name: str, device: torch.device):
+    """The raw op of a name, once the library that serves the device is loaded; found once, as asking
+    takes microseconds."""
     reason = _why_not(device.type)
     if reason:
         raise RuntimeError(reason)
-    return torch.ops.dde_fast_cpp
+    return getattr(torch.ops.dde_fast_cpp, name).default
 
 
 def isa(wanted: str = "") -> str:
@@ -68,7 +71,7 @@ def isa(wanted: str = "") -> str:
     Raises:
         RuntimeError: this machine lacks the set, or the extension is not there.
     """
-    return _ops(torch.device("cpu")).isa(wanted)
+    return _op("isa", torch.device("cpu"))(wanted)
 
 
 def _timesteps(timesteps: Tensor) -> Tensor:
@@ -118,7 +121,8 @@ def preference_loss(
     arguments = _forward_arguments(
         policy, reference, target, timesteps, weights, margins, *constants
     )
-    loss, logits, error, reference_error, margin = _ops(policy.device).preference_loss(*arguments)
+    op = _op("preference_loss", policy.device)
+    loss, logits, error, reference_error, margin = op(*arguments)
     return loss, logits, error, None if reference is None else reference_error, margin
 
 
@@ -140,14 +144,11 @@ def preference_loss_with_gradient(
     arguments = _forward_arguments(
         policy, reference, target, timesteps, weights, margins, *constants
     )
-    gradient = torch.empty_like(policy)
-    # written in its own memory order, like the policy it is read from
-    out = gradient if gradient.stride() == arguments[0].stride() else torch.empty_like(arguments[0])
-    loss, logits, error, reference_error, margin = _ops(
-        policy.device
-    ).preference_loss_with_gradient(out, *arguments)
+    op = _op("preference_loss_with_gradient", policy.device)
+    out = torch.empty_like(arguments[0])  # in the memory order of what it is made from
+    loss, logits, error, reference_error, margin = op(out, *arguments)
     reference_error = None if reference is None else reference_error
-    gradient = out if out is gradient else gradient.copy_(out)
+    gradient = out if arguments[0] is policy else torch.empty_like(policy).copy_(out)
     return loss, logits, error, reference_error, margin, gradient
 
 
@@ -173,7 +174,7 @@ def preference_loss_backward(
     gradient = torch.empty_like(policy)
     # the gradient is written in its own memory order, so the inputs must have that one too
     policy, target, out = same_layout(policy, target, gradient)
-    _ops(policy.device).preference_loss_backward(
+    _op("preference_loss_backward", policy.device)(
         out,
         *incoming,
         policy,
@@ -197,8 +198,8 @@ def pair_noise(
 ) -> Tensor:
     """`dde_fast.reference.pair_noise` in one launch, float32 [B, *shape]."""
     noise = torch.empty((len(pair_ids), *shape), dtype=torch.float32, device=pair_ids.device)
-    ops = _ops(noise.device)
-    ops.pair_noise(noise, pair_ids.contiguous(), draws.contiguous(), seed)
+    op = _op("pair_noise", noise.device)
+    op(noise, pair_ids.contiguous(), draws.contiguous(), seed)
     return noise
 
 
@@ -210,8 +211,8 @@ def pair_uniform(
 ) -> Tensor:
     """`dde_fast.reference.pair_uniform` in one launch, float32 [B]."""
     uniform = torch.empty(len(pair_ids), dtype=torch.float32, device=pair_ids.device)
-    ops = _ops(uniform.device)
-    ops.pair_uniform(uniform, pair_ids.contiguous(), draws.contiguous(), choice, seed)
+    op = _op("pair_uniform", uniform.device)
+    op(uniform, pair_ids.contiguous(), draws.contiguous(), choice, seed)
     return uniform
 
 
@@ -227,7 +228,7 @@ def add_noise(
 ) -> tuple[Tensor, Tensor]:
     """`dde_fast.reference.add_noise` in one launch: each normal is made once for both halves."""
     noisy, noise = empty_noised(latents, len(pair_ids), dtype, channels_last)
-    _ops(latents.device).add_noise(
+    _op("add_noise", latents.device)(
         noisy,
         noise,
         dense_rows(latents),
@@ -258,7 +259,7 @@ def ddim_step(
     else:
         made = torch.empty_like(noise, dtype=sample.dtype)
         prediction, sample, given, out = same_layout(prediction, sample, given, made)
-    _ops(sample.device).ddim_step(
+    _op("ddim_step", sample.device)(
         log_prob,
         out,
         prediction,
@@ -287,7 +288,7 @@ def ddim_step_backward(
     tensors += [] if grad_next is None else [grad_next]
     # the gradient is written in its own memory order, so the inputs must have that one too
     out, prediction, sample, next_sample, *rest = same_layout(*tensors)
-    _ops(sample.device).ddim_step_backward(
+    _op("ddim_step_backward", sample.device)(
         out,
         rest[0] if rest else None,
         None if grad_log_prob is None else grad_log_prob.contiguous(),
@@ -309,7 +310,7 @@ def observe_ratios(
 ) -> None:
     """`dde_fast.ratios.observe_ratios` in one launch."""
     errors = [x.to(accumulation_dtype(x)).contiguous() for x in (policy_error, reference_error)]
-    _ops(sums.device).observe_ratios(sums, *errors, _timesteps(timesteps), scale.contiguous())
+    _op("observe_ratios", sums.device)(sums, *errors, _timesteps(timesteps), scale.contiguous())
 
 
 def update_ratios(
@@ -319,4 +320,4 @@ def update_ratios(
     decay: float,
 ) -> None:
     """`dde_fast.ratios.update_ratios` in one launch."""
-    _ops(sums.device).update_ratios(ratios, margins, sums, decay)
+    _op("update_ratios", sums.device)(ratios, margins, sums, decay)

@@ -203,7 +203,8 @@ class PreferenceLoss(nn.Module):
         # straight from the dictionary: nn.Module's attributes cost a microsecond each
         weights, margins = self._buffers["weights"], self._buffers["margins"]
         _check_inputs(policy, reference, target, timesteps, weights)
-        timesteps = timesteps.long()
+        if timesteps.dtype != torch.int64:
+            timesteps = timesteps.long()
         backend = backends.resolve_backend(self.backend, policy.device)
         with_gradient = ops.gradient_with_forward(backend, policy)
         op = ops.preference_loss_with_gradient if with_gradient else ops.preference_loss
@@ -224,8 +225,9 @@ class PreferenceLoss(nn.Module):
             )
             if self.auto_update:
                 self.update_ratios()
-        if len(timesteps) > len(logits):  # equal halves
-            timesteps = timesteps[: len(logits)]
+        pairs = logits.size(0)
+        if timesteps.size(0) > pairs:  # equal halves
+            timesteps = timesteps[:pairs]
         return PreferenceOutput(loss, logits, policy_error, reference_error, margin, timesteps)
 
     @torch.no_grad()
@@ -289,17 +291,24 @@ def _check_inputs(
                 f"{name}: expected a tensor without gradient (the gradient reaches policy only), "
                 "got one that requires it; detach it or compute it under torch.no_grad()"
             )
-        _check_device(name, tensor, policy)
-    _check_device("timesteps", timesteps, policy)
-    _check_device("this loss", weights, policy)
-    pairs = _check_shapes(policy.shape, target.shape)
-    if reference is not None:
-        if reference.shape != policy.shape and reference.shape != (2 * pairs,):
+    device, shape = policy.device, policy.shape
+    others = {
+        "target": target,
+        "reference": reference,
+        "timesteps": timesteps,
+        "this loss": weights,
+    }
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected on {device}, where policy is, got {tensor.device}")
+    pairs = _check_shapes(shape, target.shape)
+    if reference is not None and reference.shape != shape:
+        if reference.shape != (2 * pairs,):
             raise ValueError(
-                f"reference: expected {list(policy.shape)}, or errors [{2 * pairs}], "
+                f"reference: expected {list(shape)}, or errors [{2 * pairs}], "
                 f"got {list(reference.shape)}"
             )
-        if reference.dim() == 1 and reference.dtype not in (torch.float32, torch.float64):
+        if reference.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"reference: expected its errors in float32, got {reference.dtype}: 16 bits make "
                 "logits out of rounding"
@@ -312,15 +321,12 @@ def _check_inputs(
         )
 
 
-def _check_device(name: str, tensor: Tensor, policy: Tensor) -> None:
-    if tensor.device != policy.device:
-        raise ValueError(
-            f"{name}: expected on {policy.device}, where policy is, got {tensor.device}"
-        )
-
-
 def _check_shapes(policy: torch.Size, target: torch.Size) -> int:
     """The number of pairs of predictions and target of these shapes."""
+    if len(policy) > 1 and policy.numel() and not policy[0] % 2 and target[1:] == policy[1:]:
+        pairs = policy[0] // 2
+        if target[0] == pairs or target[0] == policy[0]:
+            return pairs
     shared = bool(policy) and target == (2 * policy[0], *policy[1:])
     if len(policy) < 2 or 0 in policy or (policy[0] % 2 and not shared):
         raise ValueError(

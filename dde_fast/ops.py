@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ def gradient_with_forward(backend: str, policy: Tensor) -> bool:
 def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
     """Refuse bad timesteps on the CPU. On a GPU looking would stop the host: there a bad pair's
     logit, and with it the loss, is NaN."""
-    if timesteps.device.type != "cpu":
+    if not timesteps.is_cpu:
         return
     values = timesteps.tolist()  # a microsecond, where every tensor op takes several
     low, high = min(values), max(values)
@@ -38,6 +39,13 @@ def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
         )
     if len(values) > pairs and values[:pairs] != values[pairs:]:
         raise ValueError("timesteps: expected equal halves (a pair shares its timestep)")
+
+
+def _explain_nan(loss: Tensor, timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
+    """On the CPU, refuse the timesteps if it is they that made the loss NaN: looked at afterwards, as
+    a bad one always does, and reading one number costs less than reading them all."""
+    if loss.is_cpu and math.isnan(loss.item()):
+        _check_timesteps(timesteps, pairs, num_timesteps)
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -92,11 +100,11 @@ def preference_loss(
 
     The formula is `dde_fast.reference.preference_loss`'s. Differentiable in `policy` alone.
     """
-    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
     constants = (beta, lose_weight, link, label_smoothing)
     out = implementation(backend, "preference_loss")(
         policy, reference, target, timesteps, weights, margins, *constants
     )
+    _explain_nan(out[0], timesteps, out[1].size(0), weights.size(0))
     return _owned(out, reference)
 
 
@@ -176,10 +184,10 @@ def preference_loss_with_gradient(
     For backends in `WITH_GRADIENT`; differentiable in `policy` alone, through the first five.
     """
     constants = (beta, lose_weight, link, label_smoothing)
-    _check_timesteps(timesteps, number_of_pairs(policy, target), len(weights))
     *out, gradient = implementation(backend, "preference_loss_with_gradient")(
         policy, reference, target, timesteps, weights, margins, *constants
     )
+    _explain_nan(out[0], timesteps, out[1].size(0), weights.size(0))
     return *_owned(out, reference), gradient
 
 

@@ -74,7 +74,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 def number_of_pairs(policy: Tensor, target: Tensor) -> int:
     """B: one of the two may be shared by the pair and have B rows, the other has 2B."""
-    return max(policy.shape[0], target.shape[0]) // 2
+    return max(policy.size(0), target.size(0)) // 2
 
 
 def pair_errors(

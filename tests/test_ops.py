@@ -312,7 +312,7 @@ def test_backends_resolve(monkeypatch):
         monkeypatch.setattr(
             backends, "why_not", lambda name, _, absent=absent: name in absent or None
         )
-        monkeypatch.setattr(backends, "_fastest", {})
+        monkeypatch.setattr(backends, "_serving", {})
         assert backends.resolve_backend("auto", torch.device("cuda")) == expected
     monkeypatch.undo()
     with pytest.raises(ValueError, match="backend: expected one of"):
