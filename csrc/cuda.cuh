@@ -3,6 +3,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "elements.cuh"
 #include "tensors.h"
@@ -11,7 +12,8 @@ namespace dde_fast {
 
 inline cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  // not STABLE_TORCH_ERROR_CODE_CHECK, which torch has only from 2.13 on
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
