@@ -198,7 +198,11 @@ def count(
         if weight.requires_grad
     ]
     try:
-        with ledger, torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack), _Flash():
+        with (
+            ledger,
+            torch.autograd.graph.saved_tensors_hooks(ledger.pack, ledger.unpack),
+            FlashAttention(),
+        ):
             inputs = (empty(*latent), empty(dtype=torch.int64), empty(*embedding))
             prediction = unet(*inputs, **options)[0]
             forward = ledger.operations
@@ -210,7 +214,7 @@ def count(
     return ledger.result(forward)
 
 
-class _Flash(TorchFunctionMode):
+class FlashAttention(TorchFunctionMode):
     """PyTorch's attention by the flash kernel, which meta tensors would not get."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

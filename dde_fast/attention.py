@@ -7,6 +7,7 @@ not ask it; these are set as its processors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,12 +15,23 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""PyTorch's own, by name."""
 
-class FlashAttnProcessor(AttnProcessor2_0):
-    """PyTorch's attention by its flash kernel alone, in a checkpoint's recomputation too."""
+
+class KernelAttnProcessor(AttnProcessor2_0):
+    """PyTorch's attention by one kernel alone, in a checkpoint's recomputation too."""
+
+    def __init__(self, kernel: SDPBackend):
+        super().__init__()
+        self.kernel = kernel
 
     def __call__(self, *args, **kwargs):
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(self.kernel):
             return super().__call__(*args, **kwargs)
 
 
@@ -35,18 +47,20 @@ def _xformers(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.devi
     unet.enable_xformers_memory_efficient_attention()
 
 
-def _flash(unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.device) -> None:
+def _kernel(
+    unet: UNet2DConditionModel, dtype: torch.dtype, device: torch.device, kernel: SDPBackend
+) -> None:
     widths = {m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)}
     for width in widths:  # what the kernel refuses, it should refuse before a run begins
         q, k, v = torch.zeros(3, 1, 1, 8, width, dtype=dtype, device=device, requires_grad=True)
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
             scaled_dot_product_attention(q, k, v)
-    unet.set_attn_processor(FlashAttnProcessor())
+    unet.set_attn_processor(KernelAttnProcessor(kernel))
 
 
 ATTENTION: dict[str, Callable[[UNet2DConditionModel, torch.dtype, torch.device], None]] = {
     "sdpa": _sdpa,
-    "flash": _flash,
+    **{name: partial(_kernel, kernel=kernel) for name, kernel in KERNELS.items()},
     "xformers": _xformers,
     "eager": _eager,
 }

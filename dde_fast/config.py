@@ -136,8 +136,8 @@ class TrainConfig:
     plan_share: float = 0.4
     """Share of the peak that predicted speed assumes; a run's last line says what it was."""
     attention: str = "sdpa"
-    """Of both UNets: sdpa (PyTorch chooses the kernel), flash (PyTorch's flash kernel or an error),
-    xformers, or eager."""
+    """Of both UNets: sdpa (PyTorch chooses the kernel), flash, cudnn or efficient (that kernel of
+    PyTorch's or an error), xformers, or eager."""
     compile: str = ""
     """Run both UNets through torch.compile: regional (their transformer blocks) or whole, which may
     take minutes, told after the first step; none by default. At ZeRO stages 0 to 2."""

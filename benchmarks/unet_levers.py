@@ -1,0 +1,207 @@
+"""How a UNet should be run on this GPU: memory order, attention kernel, torch.compile, CUDA graphs.
+
+    python benchmarks/unet_levers.py sd15 --output benchmarks/results/unet-levers-sd15.json
+
+Forward and backward of a policy, and forward of a reference, of the published architecture with random
+weights in bf16, one way after the other on the same inputs, each beside the default in the same
+minutes: the default is measured before and after each. A way that cannot run here says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from bench_train_step import matrix_product, rounded
+from conftest import commit, launches, peak_extra_bytes
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from full_size import machine
+from memory_table import SHAPES
+from published import make_unet, small_unet
+from step_limits import PAIRS
+from torch import Tensor
+
+from dde_fast.attention import KERNELS, use_attention
+from dde_fast.compilation import COMPILE, GRAPHS, CompileTime
+from dde_fast.flops import flops_per_pair
+
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
+
+
+def compile_whole(unet: UNet2DConditionModel, **options) -> None:
+    unet.forward = torch.compile(unet.forward, dynamic=False, **options)
+
+
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    for module in unet.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(dynamic=False)
+
+
+@dataclass(frozen=True)
+class Way:
+    """To run a UNet."""
+
+    compile: Callable[[UNet2DConditionModel], None] | None = None
+    """In place; none: eager."""
+    channels_last: bool = False
+    attention: str = "sdpa"
+    """Of `dde_fast.attention.ATTENTION`."""
+
+
+WAYS = {
+    **{f"{name} attention": Way(attention=name) for name in KERNELS},
+    "channels_last": Way(channels_last=True),
+    "compiled, regional": Way(COMPILE["regional"]),
+    "compiled, with ResNets": Way(compile_blocks),
+    "compiled, whole": Way(COMPILE["whole"]),
+    "compiled, whole, channels_last": Way(COMPILE["whole"], channels_last=True),
+    "compiled, whole, CUDA graphs": Way(partial(compile_whole, mode="reduce-overhead")),
+}
+"""Beside the default: eager, PyTorch's choice of attention, default memory order."""
+
+
+class Model:
+    """A UNet and inputs for it; `train` and `infer` are what is measured."""
+
+    def __init__(self, name: str, pairs: int, small: bool, device: torch.device):
+        torch.manual_seed(0)
+        shapes = SHAPES[name] | ({"latent": (4, 8, 8)} if small else {})
+        changes = small_unet(name) if small else {}
+        with device:
+            self.unet = make_unet(name, **changes).to(torch.bfloat16).train()
+        self.flops = flops_per_pair(self.unet, **shapes, reference=False) * pairs
+        samples = 2 * pairs
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(samples, *shape, dtype=torch.bfloat16, device=device)
+
+        self.options: dict = {"return_dict": False}
+        if shapes["pooled"] is not None:
+            added = {"text_embeds": normal(shapes["pooled"]), "time_ids": normal(6).float()}
+            self.options["added_cond_kwargs"] = added
+        timesteps = torch.randint(0, 1000, (samples,), device=device)
+        self.inputs = [normal(*shapes["latent"]), timesteps, normal(*shapes["embedding"])]
+        self.slope = normal(*shapes["latent"])
+        self.eager = self.unet.forward
+
+    def forward(self) -> Tensor:
+        return self.unet(*self.inputs, **self.options)[0]
+
+    def train(self) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        self.forward().backward(self.slope)
+        self.unet.zero_grad(set_to_none=False)  # as an engine's, where the next step finds it
+
+    @torch.no_grad()
+    def infer(self) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.forward()
+
+    @contextlib.contextmanager
+    def running(self, way: Way):
+        """Within, it is run in that way."""
+        order = torch.channels_last if way.channels_last else torch.contiguous_format
+        self.unet.to(memory_format=order)
+        self.inputs[0] = self.inputs[0].contiguous(memory_format=order)
+        use_attention(self.unet, way.attention, torch.bfloat16, self.slope.device)
+        if way.compile:
+            torch._dynamo.reset()
+            way.compile(self.unet)
+        try:
+            yield
+        finally:
+            self.unet.forward = self.eager
+            for module in self.unet.modules():
+                module._compiled_call_impl = None
+            use_attention(self.unet, "sdpa", torch.bfloat16, self.slope.device)
+
+
+def seconds(call: Callable[[], object], rounds: int) -> list[float]:
+    """Of each call, the device's work included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = []
+    for _ in range(rounds):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def look(model: Model, way: Way, rounds: int) -> dict:
+    """Times, memory, launches; what it computes beside the default."""
+    expected = model.infer().float().clone()
+    before = [seconds(call, rounds) for call in (model.train, model.infer)]
+    with model.running(way):
+        compiling = CompileTime()
+        for _ in range(3):  # compiled, and captured
+            model.train()
+            got = model.infer().float().clone()
+        found = {"compile_seconds": compiling.lately()} if way.compile else {}
+        train, infer = (seconds(call, rounds) for call in (model.train, model.infer))
+        found["step_GiB"] = peak_extra_bytes(model.train) / 2**30
+        if torch.cuda.is_available():
+            found["launches"] = launches(model.train)
+    model.train()
+    after = [seconds(call, rounds) for call in (model.train, model.infer)]
+    default = [statistics.median(a + b) for a, b in zip(before, after, strict=True)]
+    found["train_seconds"], found["infer_seconds"] = map(statistics.median, (train, infer))
+    found["times_default"] = default[0] / found["train_seconds"]
+    found["times_default_infer"] = default[1] / found["infer_seconds"]
+    found["TFLOPs"] = model.flops / found["train_seconds"] / 1e12
+    found["difference"] = ((got - expected).norm() / expected.norm()).item()
+    return found
+
+
+def measure(name: str, rounds: int, small: bool, ways: dict[str, Way]) -> dict:
+    """The result of one UNet."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = 1 if small else PAIRS[name]
+    torch._dynamo.config.recompile_limit = GRAPHS
+    model = Model(name, pairs, small, device)
+    for _ in range(3):
+        model.train()
+    rows = []
+    for title, way in {"default": Way(), **ways}.items():
+        try:
+            row = look(model, way, rounds)
+        except Exception as error:  # whatever a kernel, a compiler or the memory says
+            row = {"failed": str(error).strip().split("\n")[0][:200]}
+        rows.append({"name": title} | row)
+        print(rows[-1], flush=True)
+    product, operations = matrix_product(torch.bfloat16, device, small)
+    rate = operations / statistics.median(seconds(product, 10))
+    result = {"model": name, "pairs": pairs, "dtype": "bfloat16", "rounds": rounds, "rows": rows}
+    result |= {"matrix_TFLOPs": rate / 1e12, "machine": machine() | {"commit": commit()}}
+    return rounded(result)
+
+
+def main() -> None:
+    """Measure one UNet and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("unet", choices=PAIRS)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--small", action="store_true", help="a tiny model, for a test")
+    args = parser.parse_args()
+    ways = {name: WAYS[name] for name in args.ways}
+    result = measure(args.unet, args.rounds, args.small, ways)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
