@@ -223,8 +223,8 @@ def pair_uniform(
     """`dde_fast.noise.pair_uniform` in one launch."""
     out = torch.empty(len(pair_ids), dtype=torch.float32, device=pair_ids.device)
     pair_uniform_kernel[(triton.cdiv(len(pair_ids), BLOCK),)](
-        pair_ids,
-        draws,
+        pair_ids.contiguous(),
+        draws.contiguous(),
         MASK32 - choice,
         seed & MASK32,
         (seed >> 32) & MASK32,
@@ -237,6 +237,7 @@ def pair_uniform(
 
 def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=None, noisy=None):
     pairs, n = len(pair_ids), noise[0].numel()
+    pair_ids, draws = pair_ids.contiguous(), draws.contiguous()
     latents_last = latents is not None and not latents.is_contiguous()
     out_last = not noise.is_contiguous()
     channels, space = 1, n
@@ -244,8 +245,8 @@ def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=N
         channels, space = noise.shape[1], noise[0, 0].numel()
     add_noise_kernel[pairs, triton.cdiv(n, 4 * BLOCK)](
         noise if latents is None else latents,
-        pair_ids if timesteps is None else timesteps,
-        noise if alphas is None else alphas,
+        pair_ids if timesteps is None else timesteps.contiguous(),
+        noise if alphas is None else alphas.contiguous(),
         pair_ids,
         draws,
         seed & MASK32,

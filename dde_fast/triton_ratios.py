@@ -106,7 +106,7 @@ def observe_ratios(
         policy_error.contiguous(),
         reference_error.contiguous(),
         timesteps.contiguous(),
-        scale,
+        scale.contiguous(),
         pairs,
         steps,
         BLOCK_T=BLOCK_T,
