@@ -87,7 +87,7 @@ def cases(dtype: str):
         "p_alphas_cumprod": "*fp64" if dtype == "fp64" else "*fp32",
         **dict.fromkeys(("p_pair_ids", "p_draws"), "*i64"),
         **dict.fromkeys(("seed_low", "seed_high"), "i64"),
-        **dict.fromkeys(("pairs", "N", "space"), "i32"),
+        **dict.fromkeys(("pairs", "N", "space", "num_timesteps"), "i32"),
     }
     # contiguous, noise alone, and channels_last from channels_last
     for only, last in ((False, False), (True, False), (False, True)):
@@ -95,6 +95,7 @@ def cases(dtype: str):
             triton_noise.add_noise_kernel,
             {**dict.fromkeys(("p_latents", "p_noisy", "p_noise"), f"*{dtype}"), **noise},
             {
+                "HALVES": last,
                 "ONLY_NOISE": only,
                 "CHANNELS": 4,
                 "LATENTS_LAST": last,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import BACKENDS, DEVICE
 
-from dde_fast import noise, ops
+from dde_fast import backends, noise, ops
 from dde_fast.noise import add_noise, pair_noise, pair_uniform, sample_timesteps
 from dde_fast.reference import philox4x32
 
@@ -266,6 +266,28 @@ def test_a_timestep_out_of_range_is_refused():
             torch.zeros(2, 4), torch.tensor([10]), torch.ones(10), torch.zeros(1).long(),
             torch.zeros(1).long(), 0, torch.float32, False, "reference",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("table", [torch.float32, torch.float64])
+def test_a_bad_timestep_makes_nan_where_the_host_may_not_look(table, backend):
+    """What a GPU does instead of raising, checked on the functions below the check: of both halves
+    of that pair, and of no other."""
+    add = backends.implementation(backend, "add_noise")
+    alphas = torch.linspace(0.9, 0.1, 10, dtype=table, device=DEVICE)
+    latents = torch.randn(6, 4, 3, 5, device=DEVICE)
+    keys = (IDS[:3].to(DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE), 0, torch.float32)
+    expected, noise = add(latents, torch.tensor([0, 3, 5], device=DEVICE), alphas, *keys)
+    for bad, timesteps in (
+        (1, [0, 10, 5]),
+        (0, [-1, 3, 5]),
+        (2, [0, 3, 2**62]),
+        (1, [0, 3, 5, 0, 4, 5]),
+    ):
+        noisy, made = add(latents, torch.tensor(timesteps, device=DEVICE), alphas, *keys)
+        assert noisy[[bad, bad + 3]].isnan().all() and made.equal(noise)
+        good = [i for i in range(6) if i % 3 != bad]
+        assert noisy[good].equal(expected[good])
 
 
 @pytest.mark.parametrize(
