@@ -15,18 +15,18 @@ from dde_fast.reference import philox4x32
 IDS = torch.tensor([3, 2**33 + 5, 0, 7])
 
 
-@pytest.mark.parametrize(
-    ("counter", "seed", "expected"),
-    [  # known-answer vectors of Random123 (Salmon et al. 2011), philox4x32 with 10 rounds
-        ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ([0xFFFFFFFF] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            0x299F31D0A4093822,
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
-    ],
-)
+PUBLISHED = [  # counter, key and words of Random123 (Salmon et al. 2011), philox4x32 with 10 rounds
+    ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ([0xFFFFFFFF] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        0x299F31D0A4093822,
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "seed", "expected"), PUBLISHED)
 def test_published_vectors(counter, seed, expected):
     words = philox4x32([torch.tensor([c]) for c in counter], seed)
     assert " ".join(f"{w.item():08x}" for w in words) == expected
