@@ -323,7 +323,8 @@ def test_backends_resolve(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 3, 4, 6, 8)])
 def test_gradient_with_the_forward_is_the_backwards(case, dtype, backend):
-    """Same bits from one op as from two, for few pairs and many, in every layout."""
+    """Same bits from one op as from two, for few pairs and many, in every layout; on CUDA, where one
+    kernel sums otherwise than three do, the same numbers."""
     args = list(arguments(**case, dtype=dtype, backend=backend))
     if case["shape"] == (4, 9, 7):
         args[0] = args[0].contiguous(memory_format=torch.channels_last)
@@ -334,7 +335,15 @@ def test_gradient_with_the_forward_is_the_backwards(case, dtype, backend):
         torch.ones_like(out[0]), None, None, policy, target, timesteps, out[1], weights, *constants
     )
     for a, b in zip((*out, gradient), (*expected, backward), strict=True):
-        assert a.equal(b) and a.stride() == b.stride()
+        assert a.stride() == b.stride()
+        if DEVICE.type == "cpu" or not a.numel():
+            assert a.equal(b)
+        else:
+            # a logit's rounding is absolute, and it is a slope's and so a gradient's relative one
+            slack = (1e-14 if dtype == torch.float64 else 1e-6) * (1 + term_sizes(args).max())
+            slack = slack + (torch.finfo(a.dtype).eps if a.dtype.itemsize == 2 else 0)
+            least = 0 if a is gradient else 1
+            assert (a - b).abs().max() <= slack * b.abs().max().clamp(min=least)
     args[0] = args[0].requires_grad_()
     torch.library.opcheck(torch.ops.dde_fast.preference_loss_with_gradient, tuple(args))
 
