@@ -28,7 +28,7 @@ def gradient_with_forward(backend: str, policy: Tensor) -> bool:
 
 def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
     """Refuse bad timesteps on the CPU. On a GPU looking would stop the host: there a bad pair's
-    logit, and with it the loss, is NaN."""
+    logit, and with it the loss, is NaN, and so are its noisy latents."""
     if not timesteps.is_cpu:
         return
     values = timesteps.tolist()  # a microsecond, where every tensor op takes several

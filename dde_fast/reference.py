@@ -373,10 +373,15 @@ def add_noise(
     dtype: torch.dtype,
     channels_last: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε of both halves [2B, …], and the pairs' ε [B, …]."""
+    """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε of both halves [2B, …], and the pairs' ε [B, …].
+
+    A pair whose timestep is not valid has NaN for x_t.
+    """
     pairs, shape = len(pair_ids), latents.shape[1:]
     noise = pair_noise(pair_ids, draws, shape, seed)
-    abar = alphas_cumprod.double()[timesteps[:pairs]].reshape(pairs, *[1] * len(shape))
+    t, valid = pair_timesteps(timesteps, pairs, len(alphas_cumprod))
+    abar = torch.where(valid, alphas_cumprod.double()[t], float("nan"))
+    abar = abar.reshape(pairs, *[1] * len(shape))
     signal, sigma = abar.sqrt().float(), (1 - abar).sqrt().float()
     halves = [signal * half.float() + sigma * noise for half in latents.chunk(2)]
     noisy, noise_out = empty_noised(latents, pairs, dtype, channels_last)

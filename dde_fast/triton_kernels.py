@@ -4,6 +4,9 @@ Forward is two launches: `pair_errors_kernel` reads every prediction once and le
 `pair_logits_kernel` (one program) finishes them in a fixed order and forms logits, losses and
 their mean. Backward is one. No atomics: the same inputs give the same bits, run after run.
 
+Floats are passed as float64, which a launch would make float32 by itself, and narrowed first thing
+to the precision of the sums.
+
 Letters: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block; N elements of a latent.
 """
 
@@ -133,9 +136,9 @@ def pair_logits_kernel(
     pairs,
     N,
     num_timesteps,
-    beta,
-    lose_weight,
-    label_smoothing,
+    beta: tl.float64,
+    lose_weight: tl.float64,
+    label_smoothing: tl.float64,
     CHUNKS: tl.constexpr,
     CHUNKS_2: tl.constexpr,
     HALVES: tl.constexpr,
@@ -144,6 +147,8 @@ def pair_logits_kernel(
     BLOCK_B: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_logits.dtype.element_ty
+    beta, lose_weight = tl.full([], beta, DTYPE), tl.full([], lose_weight, DTYPE)
+    label_smoothing = tl.full([], label_smoothing, DTYPE)
     rows = 2 * pairs
     first = tl.zeros([], DTYPE)
     b_sum = tl.zeros([BLOCK_B], DTYPE)
@@ -202,9 +207,9 @@ def preference_loss_backward_kernel(
     pairs,
     N,
     num_timesteps,
-    beta,
-    lose_weight,
-    label_smoothing,
+    beta: tl.float64,
+    lose_weight: tl.float64,
+    label_smoothing: tl.float64,
     HAS_LOSS: tl.constexpr,
     HAS_LOGITS: tl.constexpr,
     HAS_ERROR: tl.constexpr,
@@ -215,6 +220,8 @@ def preference_loss_backward_kernel(
 ):
     i_row, i_block = tl.program_id(0), tl.program_id(1)  # a row of the policy
     DTYPE: tl.constexpr = p_logits.dtype.element_ty
+    beta, lose_weight = tl.full([], beta, DTYPE), tl.full([], lose_weight, DTYPE)
+    label_smoothing = tl.full([], label_smoothing, DTYPE)
     i_pair = i_row % pairs
     z = tl.load(p_logits + i_pair)
     t = tl.load(p_timesteps + i_pair)
@@ -290,10 +297,10 @@ def preference_loss(
     )
     pair_logits_kernel[(1,)](
         partial,
-        reference if mode == "errors" else partial,
-        timesteps,
-        weights,
-        margins,
+        reference.contiguous() if mode == "errors" else partial,
+        timesteps.contiguous(),
+        weights.contiguous(),
+        margins.contiguous(),
         loss,
         logits,
         policy_error,
@@ -342,9 +349,9 @@ def preference_loss_backward(
         grad_policy_error.contiguous() if grad_policy_error is not None else absent,
         policy,
         target,
-        timesteps,
-        logits,
-        weights,
+        timesteps.contiguous(),
+        logits.contiguous(),
+        weights.contiguous(),
         out,
         pairs,
         n,

@@ -104,7 +104,7 @@ def offset(o_n, channels, space):
 @triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def add_noise_kernel(
     p_latents,  # [2B, N]
-    p_timesteps,  # int64 [B] or [2B]
+    p_timesteps,  # int64 [B], or [2B] if HALVES
     p_alphas_cumprod,  # [T]
     p_pair_ids,  # int64 [B]
     p_draws,  # int64 [B]
@@ -115,6 +115,8 @@ def add_noise_kernel(
     pairs,
     N,
     space,  # H·W
+    num_timesteps,
+    HALVES: tl.constexpr,
     ONLY_NOISE: tl.constexpr,
     CHANNELS: tl.constexpr,  # read where something is channels_last
     LATENTS_LAST: tl.constexpr,  # the latents are channels_last
@@ -145,12 +147,18 @@ def add_noise_kernel(
             o_out = offset(o_n, CHANNELS, space)
     tl.store(p_noise + i_pair.to(tl.int64) * N + o_out, b_noise.to(p_noise.dtype.element_ty), m_n)
     if not ONLY_NOISE:
-        abar = tl.load(p_alphas_cumprod + tl.load(p_timesteps + i_pair))
+        t = tl.load(p_timesteps + i_pair)
+        valid = (t >= 0) & (t < num_timesteps)
+        if HALVES:
+            valid &= t == tl.load(p_timesteps + pairs + i_pair)
+        t = tl.minimum(tl.maximum(t, 0), num_timesteps - 1)
+        abar = tl.load(p_alphas_cumprod + t)
         if p_alphas_cumprod.dtype.element_ty == tl.float64:
             signal, sigma = tl.sqrt(abar).to(tl.float32), tl.sqrt(1 - abar).to(tl.float32)
         else:  # tl.sqrt approximates in float32
             abar = abar.to(tl.float32)
             signal, sigma = tl.sqrt_rn(abar), tl.sqrt_rn(1 - abar)
+        signal = tl.where(valid, signal, float("nan"))
         for half in tl.static_range(2):
             p_half = (i_pair + half * pairs).to(tl.int64) * N
             b_latent = tl.load(p_latents + p_half + o_latent, m_n, 0.0).to(tl.float32)
@@ -223,8 +231,8 @@ def pair_uniform(
     """`dde_fast.noise.pair_uniform` in one launch."""
     out = torch.empty(len(pair_ids), dtype=torch.float32, device=pair_ids.device)
     pair_uniform_kernel[(triton.cdiv(len(pair_ids), BLOCK),)](
-        pair_ids,
-        draws,
+        pair_ids.contiguous(),
+        draws.contiguous(),
         MASK32 - choice,
         seed & MASK32,
         (seed >> 32) & MASK32,
@@ -237,6 +245,7 @@ def pair_uniform(
 
 def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=None, noisy=None):
     pairs, n = len(pair_ids), noise[0].numel()
+    pair_ids, draws = pair_ids.contiguous(), draws.contiguous()
     latents_last = latents is not None and not latents.is_contiguous()
     out_last = not noise.is_contiguous()
     channels, space = 1, n
@@ -244,8 +253,8 @@ def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=N
         channels, space = noise.shape[1], noise[0, 0].numel()
     add_noise_kernel[pairs, triton.cdiv(n, 4 * BLOCK)](
         noise if latents is None else latents,
-        pair_ids if timesteps is None else timesteps,
-        noise if alphas is None else alphas,
+        pair_ids if timesteps is None else timesteps.contiguous(),
+        noise if alphas is None else alphas.contiguous(),
         pair_ids,
         draws,
         seed & MASK32,
@@ -255,6 +264,8 @@ def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=N
         pairs,
         n,
         space,
+        1 if alphas is None else len(alphas),
+        HALVES=timesteps is not None and len(timesteps) == 2 * pairs,
         ONLY_NOISE=latents is None,
         CHANNELS=channels,
         LATENTS_LAST=latents_last,

@@ -70,7 +70,7 @@ def update_ratios_kernel(
     p_ratios,  # [4, T]
     p_margins,  # [T]
     p_sums,  # float64 [5, T]
-    rate,  # 1 - decay
+    rate: tl.float64,  # 1 - decay
     num_timesteps,
     BLOCK_T: tl.constexpr,
 ):
@@ -106,7 +106,7 @@ def observe_ratios(
         policy_error.contiguous(),
         reference_error.contiguous(),
         timesteps.contiguous(),
-        scale,
+        scale.contiguous(),
         pairs,
         steps,
         BLOCK_T=BLOCK_T,

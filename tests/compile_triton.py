@@ -2,7 +2,7 @@
 
 Run by test_triton.py in a process without TRITON_INTERPRET, for the targets (sm_90, gfx942, …) in
 its arguments. One JSON line per kernel and target: widths of the global accesses in the assembly
-(bits per thread and instruction), what was spilled to memory, shared memory.
+(bits per thread and instruction), what was spilled to memory, shared memory, float64 instructions.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def cases(dtype: str):
         },
     )
     pointers = ("p_loss", "p_logits", "p_policy_error", "p_reference_error", "p_margin")
-    scalars = {"beta": "fp32", "lose_weight": "fp32", "label_smoothing": "fp32"}
+    scalars = {"beta": "fp64", "lose_weight": "fp64", "label_smoothing": "fp64"}
     yield (
         kernels.pair_logits_kernel,
         {
@@ -87,7 +87,7 @@ def cases(dtype: str):
         "p_alphas_cumprod": "*fp64" if dtype == "fp64" else "*fp32",
         **dict.fromkeys(("p_pair_ids", "p_draws"), "*i64"),
         **dict.fromkeys(("seed_low", "seed_high"), "i64"),
-        **dict.fromkeys(("pairs", "N", "space"), "i32"),
+        **dict.fromkeys(("pairs", "N", "space", "num_timesteps"), "i32"),
     }
     # contiguous, noise alone, and channels_last from channels_last
     for only, last in ((False, False), (True, False), (False, True)):
@@ -95,6 +95,7 @@ def cases(dtype: str):
             triton_noise.add_noise_kernel,
             {**dict.fromkeys(("p_latents", "p_noisy", "p_noise"), f"*{dtype}"), **noise},
             {
+                "HALVES": last,
                 "ONLY_NOISE": only,
                 "CHANNELS": 4,
                 "LATENTS_LAST": last,
@@ -171,7 +172,7 @@ def table_cases():
         {
             **dict.fromkeys(("p_ratios", "p_margins"), "*fp32"),
             "p_sums": "*fp64",
-            "rate": "fp32",
+            "rate": "fp64",
             "num_timesteps": "i32",
         },
         {"BLOCK_T": triton_ratios.BLOCK_T},
@@ -191,6 +192,11 @@ def amd_widths(assembly: str, access: str) -> list[int]:
     return sorted(bits[u] * int(count or 1) for u, count in re.findall(instruction, assembly))
 
 
+def doubles(assembly: str) -> list[str]:
+    """Names of the instructions that touch float64."""
+    return sorted(set(re.findall(r"^\s+(\w\S*f64\S*)", assembly, re.M)))
+
+
 LOGS: dict[str, str] = {}
 """What ptxas said, by the kernel's hash."""
 
@@ -205,6 +211,7 @@ def of_nvidia(compiled, log: str) -> dict:
         "loads": ptx_widths(ptx, "ld"),
         "stores": ptx_widths(ptx, "st"),
         "spilled": sum(map(int, sizes)) + len(re.findall(r"\b(?:ld|st)\.local", ptx)),
+        "doubles": doubles(ptx),
         "binary_bytes": len(compiled.asm["cubin"]),
     }
 
@@ -219,6 +226,7 @@ def of_amd(compiled, _: str) -> dict:
         "loads": amd_widths(assembly, "load"),
         "stores": amd_widths(assembly, "store"),
         "spilled": sum(map(int, sizes)) + len(re.findall(r"\bscratch_(?:load|store)", assembly)),
+        "doubles": doubles(assembly),
         "binary_bytes": len(compiled.asm["hsaco"]),
     }
 
@@ -250,6 +258,9 @@ def target_of(name: str) -> GPUTarget:
 
 def compile_for(target: GPUTarget, kernel, signature: dict, constexprs: dict):
     names = kernel.arg_names
+    for parameter in kernel.params:  # a launch makes a float fp32 unless the kernel says otherwise
+        kind = signature.get(parameter.name, "")
+        assert not kind.startswith("fp") or parameter.annotation_type == kind, parameter.name
     signature = {name: signature.get(name, "constexpr") for name in names}
     # what the launcher's specialisation finds for contiguous tensors and N % 16 == 0
     attrs = {

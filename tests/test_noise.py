@@ -8,25 +8,25 @@ import pytest
 import torch
 from conftest import BACKENDS, DEVICE
 
-from dde_fast import noise, ops
+from dde_fast import backends, noise, ops
 from dde_fast.noise import add_noise, pair_noise, pair_uniform, sample_timesteps
 from dde_fast.reference import philox4x32
 
 IDS = torch.tensor([3, 2**33 + 5, 0, 7])
 
 
-@pytest.mark.parametrize(
-    ("counter", "seed", "expected"),
-    [  # known-answer vectors of Random123 (Salmon et al. 2011), philox4x32 with 10 rounds
-        ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ([0xFFFFFFFF] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            0x299F31D0A4093822,
-            "d16cfe09 94fdcceb 5001e420 24126ea1",
-        ),
-    ],
-)
+PUBLISHED = [  # counter, key and words of Random123 (Salmon et al. 2011), philox4x32 with 10 rounds
+    ([0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ([0xFFFFFFFF] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        0x299F31D0A4093822,
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "seed", "expected"), PUBLISHED)
 def test_published_vectors(counter, seed, expected):
     words = philox4x32([torch.tensor([c]) for c in counter], seed)
     assert " ".join(f"{w.item():08x}" for w in words) == expected
@@ -266,6 +266,28 @@ def test_a_timestep_out_of_range_is_refused():
             torch.zeros(2, 4), torch.tensor([10]), torch.ones(10), torch.zeros(1).long(),
             torch.zeros(1).long(), 0, torch.float32, False, "reference",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("table", [torch.float32, torch.float64])
+def test_a_bad_timestep_makes_nan_where_the_host_may_not_look(table, backend):
+    """What a GPU does instead of raising, checked on the functions below the check: of both halves
+    of that pair, and of no other."""
+    add = backends.implementation(backend, "add_noise")
+    alphas = torch.linspace(0.9, 0.1, 10, dtype=table, device=DEVICE)
+    latents = torch.randn(6, 4, 3, 5, device=DEVICE)
+    keys = (IDS[:3].to(DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE), 0, torch.float32)
+    expected, noise = add(latents, torch.tensor([0, 3, 5], device=DEVICE), alphas, *keys)
+    for bad, timesteps in (
+        (1, [0, 10, 5]),
+        (0, [-1, 3, 5]),
+        (2, [0, 3, 2**62]),
+        (1, [0, 3, 5, 0, 4, 5]),
+    ):
+        noisy, made = add(latents, torch.tensor(timesteps, device=DEVICE), alphas, *keys)
+        assert noisy[[bad, bad + 3]].isnan().all() and made.equal(noise)
+        good = [i for i in range(6) if i % 3 != bad]
+        assert noisy[good].equal(expected[good])
 
 
 @pytest.mark.parametrize(

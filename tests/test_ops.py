@@ -1,9 +1,13 @@
 """The ops: opcheck, gradcheck, compile, meta device, determinism, layouts, kernels against fp64."""
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
 from longhand import scaled_linear
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dde_fast import PreferenceLoss, backends, ops, reference
 from dde_fast.reference import LINKS
@@ -319,11 +323,40 @@ def test_backends_resolve(monkeypatch):
         backends.resolve_backend("opencl", torch.device("cpu"))
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not there")
+def test_triton_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Not on the current one, whichever op it is and whatever comes before the first tensor."""
+    entered, seen = [], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        entered.append(wanted)
+        yield
+        entered.pop()
+
+    for name in torch.cuda, torch.xpu:
+        monkeypatch.setattr(name, "device", device)
+    names = ("preference_loss_backward", "observe_ratios", "pair_noise", "ddim_step_backward")
+    modules = backends.BACKENDS["triton"]
+    for module, name in zip(modules, names, strict=True):
+        module = importlib.import_module(f"dde_fast.{module}")
+        monkeypatch.setattr(module, name, lambda *args: seen.append(list(entered)))
+        run = backends.implementation.__wrapped__("triton", name)
+        for wanted in ("cuda:1", "cuda:0", "xpu:1"):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                tensor = torch.empty(2, device=wanted)
+            run(None, tensor, 1.0)
+            assert seen.pop() == [tensor.device] == [torch.device(wanted)]
+        run(None, torch.empty(2), 1.0)
+        assert seen.pop() == [] == entered
+
+
 @pytest.mark.parametrize("backend", [b for b in ops.WITH_GRADIENT if b in BACKENDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 3, 4, 6, 8)])
 def test_gradient_with_the_forward_is_the_backwards(case, dtype, backend):
-    """Same bits from one op as from two, for few pairs and many, in every layout."""
+    """Same bits from one op as from two, for few pairs and many, in every layout; on CUDA, where one
+    kernel sums otherwise than three do, the same numbers."""
     args = list(arguments(**case, dtype=dtype, backend=backend))
     if case["shape"] == (4, 9, 7):
         args[0] = args[0].contiguous(memory_format=torch.channels_last)
@@ -334,7 +367,15 @@ def test_gradient_with_the_forward_is_the_backwards(case, dtype, backend):
         torch.ones_like(out[0]), None, None, policy, target, timesteps, out[1], weights, *constants
     )
     for a, b in zip((*out, gradient), (*expected, backward), strict=True):
-        assert a.equal(b) and a.stride() == b.stride()
+        assert a.stride() == b.stride()
+        if DEVICE.type == "cpu" or not a.numel():
+            assert a.equal(b)
+        else:
+            # a logit's rounding is absolute, and it is a slope's and so a gradient's relative one
+            slack = (1e-14 if dtype == torch.float64 else 1e-6) * (1 + term_sizes(args).max())
+            slack = slack + (torch.finfo(a.dtype).eps if a.dtype.itemsize == 2 else 0)
+            least = 0 if a is gradient else 1
+            assert (a - b).abs().max() <= slack * b.abs().max().clamp(min=least)
     args[0] = args[0].requires_grad_()
     torch.library.opcheck(torch.ops.dde_fast.preference_loss_with_gradient, tuple(args))
 

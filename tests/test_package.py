@@ -84,6 +84,9 @@ def test_readme_snippets_run():
         exec(compile(block, "README.md", "exec"), names)
     assert names["model_pred"].grad.abs().sum() > 0
     assert names["noisy"].shape == (4, 4, 8, 8)
+    # latents elsewhere than the scheduler's table, as a GPU's are
+    elsewhere = {name: names[name].to("meta") for name in ("latents", "timesteps", "pair_ids")}
+    exec(compile(blocks[2], "README.md", "exec"), names | elsewhere)
     # "the same numbers with diffusion-dpo"
     same = names["PreferenceLoss"].from_scheduler(scheduler, "diffusion-dpo", beta=5000.0)
     out = same(*(names[n] for n in ("model_pred", "ref_pred", "target", "timesteps")))

@@ -7,12 +7,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import triton
+import triton.language as tl
+from conftest import DEVICE
+from test_noise import PUBLISHED
+
+from dde_fast import triton_noise
 
 SCRIPT = Path(__file__).with_name("compile_triton.py")
 
 
 SHARED_BYTES = {"sm_80": 48 << 10, "sm_90": 48 << 10, "sm_100": 48 << 10, "gfx942": 64 << 10}
 """GPUs to compile for, and what a program gets there without asking for more."""
+
+
+IN_FLOAT32 = (
+    "pair_errors_kernel",
+    "pair_logits_kernel",
+    "preference_loss_backward_kernel",
+    "add_noise_kernel",
+)
+"""Kernels that compute in float32 unless something is float64."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +54,9 @@ def test_kernels_compile_ahead_of_time(target, compiled):
         parked = 32 if row["kernel"] == "pair_logits_kernel" else 0
         assert row["binary_bytes"] > 0 and row["spilled"] <= parked, row
         assert row["shared_bytes"] <= SHARED_BYTES[target], row
+        if row["kernel"] in IN_FLOAT32 and row["dtype"] != "fp64":
+            # the arguments are narrowed and no arithmetic is done in float64, which GPUs do slowly
+            assert all("cvt" in name for name in row["doubles"]), row
         if row["kernel"] == "pair_errors_kernel" and not row["variant"]:
             # policy, reference and target are read in 128-bit pieces and in nothing else
             assert set(row["loads"]) == {128} and len(row["loads"]) >= 3, row
@@ -55,3 +74,24 @@ def test_kernels_compile_ahead_of_time(target, compiled):
             assert len(row["stores"]) == row["stores"].count(128) + 1, row
         if row["kernel"] == "ddim_step_backward_kernel":
             assert row["loads"].count(128) >= 1 and set(row["stores"]) == {128}, row
+
+
+@triton.jit
+def words_kernel(p_input, p_words):  # int64 [6], the counter and the key; int64 [4]
+    c0, c1 = tl.load(p_input).to(tl.uint32), tl.load(p_input + 1).to(tl.uint32)
+    c2, c3 = tl.load(p_input + 2).to(tl.uint32), tl.load(p_input + 3).to(tl.uint32)
+    k0, k1 = tl.load(p_input + 4).to(tl.uint32), tl.load(p_input + 5).to(tl.uint32)
+    x0, x1, x2, x3 = triton_noise.philox4x32(c0, c1, c2, c3, k0, k1)
+    tl.store(p_words, x0.to(tl.int64))
+    tl.store(p_words + 1, x1.to(tl.int64))
+    tl.store(p_words + 2, x2.to(tl.int64))
+    tl.store(p_words + 3, x3.to(tl.int64))
+
+
+@pytest.mark.parametrize(("counter", "seed", "expected"), PUBLISHED)
+def test_published_vectors(counter, seed, expected):
+    """All four words of the stream's generator."""
+    given = torch.tensor([*counter, seed & 0xFFFFFFFF, seed >> 32], device=DEVICE)
+    words = torch.empty(4, dtype=torch.int64, device=DEVICE)
+    words_kernel[(1,)](given, words)
+    assert " ".join(f"{w:08x}" for w in words.tolist()) == expected
