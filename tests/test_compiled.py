@@ -342,6 +342,28 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 
 
+def test_a_cuda_library_that_was_asked_for_is_built_or_an_error(monkeypatch, tmp_path):
+    def optional():
+        return {e.name.removeprefix("dde_fast."): e.optional for e in SETUP["libraries"]()}
+
+    monkeypatch.setenv("DDE_FAST_CUDA", "1")
+    assert optional() == {"_cpu": True, "_cuda": False}
+    monkeypatch.setenv("DDE_FAST_CUDA", "0")
+    assert optional() == {"_cpu": True}
+    monkeypatch.delenv("DDE_FAST_CUDA")
+    assert optional().get("_cuda", True)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    command += ["--build-temp", str(tmp_path)]
+    for wanted, code in (("1", 1), ("", 0)):
+        env = {**os.environ, "DDE_FAST_CUDA": wanted, "CXX": "no-compiler"}
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        assert ("nvcc is not there" in result.stderr) is bool(code)
+
+
 @pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed")
 def test_cuda_kernels_compile(tmp_path, monkeypatch):
     """Warning-free (nvcc is told to refuse any), no spills, 16-byte accesses in the fast kernels.
