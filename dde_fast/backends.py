@@ -76,7 +76,7 @@ def implementation(backend: str, name: str) -> Callable:
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
-def _in_plain_eager(tensor: Tensor) -> bool:
+def in_plain_eager(tensor: Tensor) -> bool:
     """Whether nobody but autograd is watching: no compiler, no dispatch mode, no functorch."""
     return (
         not torch.compiler.is_compiling()
@@ -131,7 +131,7 @@ def differentiable(gradient: type[torch.autograd.Function]) -> Callable:
 
         @functools.wraps(function)
         def call(first, *rest):
-            if not _in_plain_eager(first):
+            if not in_plain_eager(first):
                 return op(first, *rest)
             return with_autograd(first, *rest, run=function, apply=plain_apply)
 

@@ -159,6 +159,12 @@ def preference_loss_backward(
     policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     timesteps: Tensor,  # [B] or [2B]
+def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient.mul_(factor)` of a dense gradient and a number [], fp32 or fp64, that is looked at
+    on the device: where it is 1, nothing is read or written. One launch."""
+    _op("scale_gradient", gradient.device)(gradient, factor)
+
+
     logits: Tensor,  # [B]
     weights: Tensor,  # [T]
     beta: float,

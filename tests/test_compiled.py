@@ -131,7 +131,7 @@ def test_threads_and_instruction_sets_give_the_same_bits():
         loss, noised = [], []
         for dtype in FLOATS:
             args = arguments((dtype,) * 3, pairs=5, shape=(4, 65, 63))
-            loss += run(compiled, args)
+            loss += [*run(compiled, args), *compiled.preference_loss_with_gradient(*args)]
             abar, t = torch.linspace(0.9, 0.1, 10), args[3]
             inputs = (args[0], t, abar, IDS[:5], DRAWS[:5], 3, dtype)
             noised += compiled.add_noise(*inputs)
@@ -271,6 +271,26 @@ def test_ratio_table(dtype, steps):
     assert states[1][0][4].sum() == 2 * (64 - 5)
     for exact, fast in zip(*states, strict=True):
         torch.testing.assert_close(fast, exact, rtol=2e-7, atol=1e-12)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scale_gradient(dtype):
+    """As float's product, in any memory order and on any number of threads."""
+    for shape in ((1,), (0, 3), (2, 4, 9, 7), (1, 8, 129, 130)):
+        given = torch.randn(shape).to(dtype)
+        if given.dim() == 4:
+            given = given.contiguous(memory_format=torch.channels_last)
+        for factor in (torch.tensor(0.3), torch.tensor(2.0**16), torch.tensor(1.0).double()):
+            gradient = given.clone()
+            compiled.scale_gradient(gradient, factor)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            assert gradient.equal((given.to(wide) * factor.to(wide)).to(dtype))
+    op = torch.ops.dde_fast_cpp.scale_gradient
+    with pytest.raises(RuntimeError, match="gradient: expected dense memory"):
+        op(torch.ones(4, 4)[:, :2], torch.tensor(2.0))
+    with pytest.raises(RuntimeError, match="factor: expected 1 contiguous"):
+        op(torch.ones(4), torch.ones(2))
 
 
 @needs_extension
