@@ -353,6 +353,12 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     assert "no kernels for xpu" in compiled.why_not("xpu")
     if not torch.cuda.is_available() and REASON is None:
         assert compiled.why_not("cuda") == "torch sees no CUDA device"
+    with monkeypatch.context() as patch:  # an older GPU
+        patch.setattr(compiled, "_load", lambda library: None)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda index: (8 - 2 * index, 5))
+        assert compiled.why_not("cuda:0") is None
+        assert "no code for sm_65" in compiled.why_not("cuda:1")
     monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
     assert "was not built" in compiled._load.__wrapped__("_cpu")
     (tmp_path / "_cpu.abi3.so").write_text("no library")

@@ -305,8 +305,8 @@ def test_backends_resolve(monkeypatch):
     assert backends.resolve_backend("auto", cpu) == ("cpp" if there else "reference")
     assert backends.resolve_backend("auto", torch.device("meta")) == "reference"
     for absent, expected in (
-        ((), "triton"),
-        (("triton",), "cpp"),
+        ((), "cpp"),
+        (("cpp",), "triton"),
         (("triton", "cpp"), "reference"),
     ):
         monkeypatch.setattr(
