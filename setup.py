@@ -2,8 +2,9 @@
 
 Two libraries against LibTorch's stable ABI, loaded by dde_fast/compiled.py: the CPU one wherever
 a C++ compiler works, the CUDA one where nvcc is and torch is a CUDA build. DDE_FAST_CUDA=0 leaves
-CUDA out, DDE_FAST_CUDA=1 builds it against a torch without CUDA too. What cannot be built is left
-out with a warning, and `python -m dde_fast` says what is missing and what is used instead.
+CUDA out, DDE_FAST_CUDA=1 asks for it: against a torch without CUDA too, and then not building it is
+an error. What else cannot be built is left out with a warning, and `python -m dde_fast` says what is
+missing and what is used instead.
 """
 
 import hashlib
@@ -104,6 +105,8 @@ class BuildLibraries(build_ext):
         if torch is None:
             raise CompileError("torch is not there: install it first, then this package with --no-build-isolation")  # fmt: skip
         cuda = ext.name.endswith("_cuda")
+        if cuda and find_nvcc() is None:
+            raise CompileError("nvcc is not there: looked in CUDA_HOME, CUDA_PATH and PATH")
         commands = cuda_commands(torch, find_nvcc()) if cuda else cpu_commands(torch)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_object, commands))
@@ -119,12 +122,12 @@ class BuildLibraries(build_ext):
 def libraries() -> list[Extension]:
     wanted, torch = os.environ.get("DDE_FAST_CUDA", ""), find_torch()
     has_cuda = torch is not None and bool(runpy.run_path(f"{torch}/version.py").get("cuda"))
-    names = ["_cpu"]
-    if wanted != "0" and find_nvcc() and (has_cuda or wanted == "1"):
-        names.append("_cuda")
+    optional = {"_cpu": True}
+    if wanted == "1" or (wanted != "0" and has_cuda and find_nvcc()):
+        optional["_cuda"] = wanted != "1"
     return [
-        Extension(f"dde_fast.{name}", sources=[], py_limited_api=True, optional=True)
-        for name in names
+        Extension(f"dde_fast.{name}", sources=[], py_limited_api=True, optional=may_fail)
+        for name, may_fail in optional.items()
     ]
 
 

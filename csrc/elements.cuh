@@ -46,7 +46,8 @@ struct alignas(16) Pack {
   E elements[VECTOR];
 };
 
-template <class E>
+// CONSTANT: nothing writes there during the launch
+template <class E, bool CONSTANT = true>
 __device__ __forceinline__ Pack<E> load_pack(const void* data, int64_t at) {
   union {
     uint4 words[sizeof(Pack<E>) / 16];
@@ -54,7 +55,9 @@ __device__ __forceinline__ Pack<E> load_pack(const void* data, int64_t at) {
   } u{};
   const uint4* from = reinterpret_cast<const uint4*>(static_cast<const E*>(data) + at);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Pack<E>) / 16); ++i) u.words[i] = __ldg(from + i);
+  for (int i = 0; i < static_cast<int>(sizeof(Pack<E>) / 16); ++i) {
+    u.words[i] = CONSTANT ? __ldg(from + i) : __ldcg(from + i);
+  }
   return u.pack;
 }
 

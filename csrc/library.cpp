@@ -84,6 +84,7 @@ STABLE_TORCH_LIBRARY(dde_fast_cpp, m) {
       "preference_loss_backward(Tensor(a!) gradient, Tensor? grad_loss, Tensor? grad_logits, "
       "Tensor? grad_policy_error, Tensor policy, Tensor target, Tensor timesteps, Tensor logits, "
       "Tensor weights, float beta, float lose_weight, int link, float label_smoothing) -> ()");
+  m.def("scale_gradient(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def("pair_noise(Tensor(a!) noise, Tensor pair_ids, Tensor draws, int seed) -> ()");
   m.def(
       "pair_uniform(Tensor(a!) uniform, Tensor pair_ids, Tensor draws, int choice, int seed) "

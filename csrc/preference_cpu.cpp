@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "cpu_convert.h"
 #include "cpu_threads.h"
 #include "pages.h"
 #include "tensors.h"
@@ -214,10 +215,39 @@ void preference_loss_backward_cpu(Tensor gradient,                  // as policy
   run(loops().gradient, &task, pairs * chunks);
 }
 
+namespace {
+
+template <class E, class Times>
+void scale(void* data, int64_t n, Times times) {
+  E* x = static_cast<E*>(data);
+  torch::stable::parallel_for(0, n, GRAIN * CHUNK, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) x[i] = times(x[i]);
+  });
+}
+
+}  // namespace
+
+// in place; as CUDA's, which can look at the factor without stopping the host
+void scale_gradient_cpu(Tensor gradient,  // any shape, dense
+                        Tensor factor) {  // []
+  const Rows g = elements_of(gradient, "gradient");
+  const double wide = element(column_of(factor, 1, "factor"), 0);
+  const float by = static_cast<float>(wide);
+  if (g.rows == 0 || (g.dtype == F64 ? wide == 1 : by == 1)) return;
+  void* data = gradient.data_ptr();
+  if (g.dtype == F64) return scale<double>(data, g.rows, [=](double x) { return x * wide; });
+  if (g.dtype == F32) return scale<float>(data, g.rows, [=](float x) { return x * by; });
+  if (g.dtype == F16) {
+    return scale<uint16_t>(data, g.rows, [=](uint16_t x) { return to_fp16(from_fp16(x) * by); });
+  }
+  scale<uint16_t>(data, g.rows, [=](uint16_t x) { return to_bf16(from_bf16(x) * by); });
+}
+
 }  // namespace dde_fast
 
 STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CPU, m) {
   m.impl("preference_loss", TORCH_BOX(&dde_fast::preference_loss_cpu));
   m.impl("preference_loss_with_gradient", TORCH_BOX(&dde_fast::preference_loss_with_gradient_cpu));
   m.impl("preference_loss_backward", TORCH_BOX(&dde_fast::preference_loss_backward_cpu));
+  m.impl("scale_gradient", TORCH_BOX(&dde_fast::scale_gradient_cpu));
 }

@@ -120,9 +120,38 @@ void preference_loss_backward_cuda(Tensor gradient,                   // as poli
   wide ? launch(0.0) : launch(0.0f);
 }
 
+namespace {
+
+template <class E, class A>
+void launch_scale(const Rows& gradient, void* data, const Column& factor, cudaStream_t stream) {
+  // no more blocks than run at once, so that a factor of 1 is found soon
+  const int64_t tiles = (gradient.rows + TILE - 1) / TILE;
+  const unsigned blocks = static_cast<unsigned>(tiles < 2048 ? tiles : 2048);
+  scale_kernel<E, A><<<blocks, THREADS, 0, stream>>>(static_cast<E*>(data), gradient.rows, factor);
+  check_launch("scale_kernel");
+}
+
+}  // namespace
+
+void scale_gradient_cuda(Tensor gradient,  // any shape, dense
+                         Tensor factor) {  // []
+  check_device(factor, gradient, "factor");
+  const Rows g = elements_of(gradient, "gradient");
+  const Column by = column_of(factor, 1, "factor");
+  if (g.rows == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(gradient.get_device_index());
+  const cudaStream_t stream = current_stream(gradient);
+  void* data = gradient.data_ptr();
+  if (g.dtype == F64) return launch_scale<double, double>(g, data, by, stream);
+  if (g.dtype == F32) return launch_scale<float, float>(g, data, by, stream);
+  if (g.dtype == F16) return launch_scale<__half, float>(g, data, by, stream);
+  launch_scale<__nv_bfloat16, float>(g, data, by, stream);
+}
+
 }  // namespace dde_fast
 
 STABLE_TORCH_LIBRARY_IMPL(dde_fast_cpp, CUDA, m) {
   m.impl("preference_loss", TORCH_BOX(&dde_fast::preference_loss_cuda));
   m.impl("preference_loss_backward", TORCH_BOX(&dde_fast::preference_loss_backward_cuda));
+  m.impl("scale_gradient", TORCH_BOX(&dde_fast::scale_gradient_cuda));
 }

@@ -295,4 +295,29 @@ __global__ void __launch_bounds__(THREADS) gradient_any_kernel(Gradient<A> a) {
   }
 }
 
+// A gradient times a number that only the device knows, in place; where that is 1, nothing is read.
+// E of any address; A is what the product is formed in.
+template <class E, class A>
+__global__ void __launch_bounds__(THREADS) scale_kernel(E* data, int64_t n, Column factor) {
+  const A by = static_cast<A>(element(factor, 0));
+  if (by == A(1)) return;
+  // elements before the first aligned one, and after the last whole vector
+  const int64_t off = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % 16);
+  const int64_t to_aligned = off ? (16 - off) / static_cast<int64_t>(sizeof(E)) : 0;
+  const int64_t head = to_aligned < n ? to_aligned : n;
+  const int64_t packs = (n - head) / VECTOR, tail = (n - head) % VECTOR;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  for (int64_t i = first; i < packs; i += static_cast<int64_t>(gridDim.x) * THREADS) {
+    const int64_t at = head + i * VECTOR;
+    const Pack<E> given = load_pack<E, false>(data, at);
+    Pack<E> out;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) out.elements[j] = narrowed<E>(widened<A>(given.elements[j]) * by);
+    store_pack(data, at, out);
+  }
+  if (first >= head + tail) return;
+  const int64_t at = first < head ? first : n - tail + (first - head);
+  data[at] = narrowed<E>(widened<A>(data[at]) * by);
+}
+
 }  // namespace dde_fast

@@ -37,15 +37,19 @@ inline DType dtype_of(const Tensor& x, const char* name) {
   }
 }
 
+// whether the elements fill their memory, in any order
+inline bool is_dense(const Tensor& x) {
+  int64_t last = 0;
+  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
+  return last == x.numel() - 1;
+}
+
 // [rows, …], dense, one row behind the other; the order inside a row is the caller's business
 inline Rows rows_of(const Tensor& x, int64_t pairs, int64_t n, const char* name) {
   const int64_t rows = x.size(0);
   STD_TORCH_CHECK(rows == pairs || rows == 2 * pairs, name, ": expected ", pairs, " or ", 2 * pairs,
                   " rows, got ", rows);
-  int64_t last = 0;
-  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
-  STD_TORCH_CHECK(x.numel() == rows * n && (rows == 1 || x.stride(0) == n) && last == rows * n - 1,
-                  name, ": expected ", rows, " dense rows of ", n, " elements");
+  STD_TORCH_CHECK(x.numel() == rows * n && (rows == 1 || x.stride(0) == n) && is_dense(x), name, ": expected ", rows, " dense rows of ", n, " elements");
   return {x.data_ptr(), rows, dtype_of(x, name)};
 }
 
@@ -55,6 +59,12 @@ inline void* gradient_of(const Tensor& gradient, const Rows& policy, int64_t pai
   STD_TORCH_CHECK(g.rows == policy.rows && g.dtype == policy.dtype,
                   "gradient: expected one like policy");
   return gradient.data_ptr();
+}
+
+// a tensor's elements as rows of one each, in the order of its memory
+inline Rows elements_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.numel() == 0 || is_dense(x), name, ": expected dense memory");
+  return {x.data_ptr(), x.numel(), dtype_of(x, name)};
 }
 
 inline void check_vector(const Tensor& x, int64_t size, ScalarType dtype, const char* name) {

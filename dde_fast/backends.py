@@ -21,8 +21,16 @@ BACKENDS = {
 }
 """backend -> modules of `dde_fast` that hold its ops, searched in order."""
 
-AUTO = {"cpu": ("cpp",), "cuda": ("triton", "cpp"), "xpu": ("triton",)}
-"""device type -> backends by preference, before the reference, which serves everywhere."""
+AUTO = {"cpu": ("cpp",), "cuda": ("cpp", "triton"), "xpu": ("triton",)}
+"""device type -> backends by preference, before the reference, which serves everywhere.
+
+On CUDA by the bytes that the loss with its gradient moves, until a GPU has measured it. In sizes of
+the policy's prediction [2B, …], with a reference's prediction and a shared target [B, …]: cpp reads
+2.5 and writes 1 in one launch where a pair fits a cluster (sm_90 and later) and 5 in three launches
+elsewhere; triton 5 in three launches, and 6 where the cache does not hold the target for the second
+half of a pair. cpp's backward is one launch more, which reads and writes a size only where the loss
+was scaled. cpp is there only where nvcc was at installation.
+"""
 
 
 def why_not(backend: str, device: torch.device) -> str | None:
@@ -92,7 +100,7 @@ def _on_their_device(function: Callable) -> Callable:
     return call
 
 
-def _in_plain_eager(tensor: Tensor) -> bool:
+def in_plain_eager(tensor: Tensor) -> bool:
     """Whether nobody but autograd is watching: no compiler, no dispatch mode, no functorch."""
     return (
         not torch.compiler.is_compiling()
@@ -147,7 +155,7 @@ def differentiable(gradient: type[torch.autograd.Function]) -> Callable:
 
         @functools.wraps(function)
         def call(first, *rest):
-            if not _in_plain_eager(first):
+            if not in_plain_eager(first):
                 return op(first, *rest)
             return with_autograd(first, *rest, run=function, apply=plain_apply)
 

@@ -35,7 +35,7 @@ def _load(library: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces, and must not look in
-def _why_not(device_type: str) -> str | None:
+def _why_not(device_type: str, index: int | None = None) -> str | None:
     if device_type not in ("cpu", "cuda", "meta"):
         return f"the compiled extension has no kernels for {device_type} tensors"
     reason = _load("_cpu")  # holds the schemas of both
@@ -43,19 +43,23 @@ def _why_not(device_type: str) -> str | None:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
         reason = _load("_cuda")
+        major, minor = torch.cuda.get_device_capability(index)
+        if reason is None and major < 8:
+            return f"the compiled extension has no code for sm_{major}{minor}, only from sm_80 on"
     return reason
 
 
 def why_not(device: torch.device | str) -> str | None:
     """Why the extension cannot serve tensors of a device; None if it can."""
-    return _why_not(torch.device(device).type)
+    device = torch.device(device)
+    return _why_not(device.type, device.index)
 
 
 @cache
 def _op(name: str, device: torch.device):
     """The raw op of a name, once the library that serves the device is loaded; found once, as asking
     takes microseconds."""
-    reason = _why_not(device.type)
+    reason = _why_not(device.type, device.index)
     if reason:
         raise RuntimeError(reason)
     return getattr(torch.ops.dde_fast_cpp, name).default
@@ -116,7 +120,8 @@ def preference_loss(
     link: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """`dde_fast.reference.preference_loss` in one pass over the inputs (CUDA: two launches)."""
+    """`dde_fast.reference.preference_loss` in one pass over the inputs (CUDA: two launches, the
+    second adds up the first one's partial sums)."""
     constants = (beta, lose_weight, link, label_smoothing)
     arguments = _forward_arguments(
         policy, reference, target, timesteps, weights, margins, *constants
@@ -138,8 +143,10 @@ def preference_loss_with_gradient(
     link: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """`preference_loss` and, last, d loss / d policy from the same pass: a pair's gradient is
-    written while its inputs are still in the cache."""
+    """`preference_loss` and, last, d loss / d policy. CPU: a pair's gradient is written while its
+    inputs are still in the cache. CUDA: in one launch and one pass where a pair fits a cluster of
+    blocks (sm_90 and later), else in three launches, the last of which reads policy and target
+    again."""
     constants = (beta, lose_weight, link, label_smoothing)
     arguments = _forward_arguments(
         policy, reference, target, timesteps, weights, margins, *constants
@@ -150,6 +157,12 @@ def preference_loss_with_gradient(
     reference_error = None if reference is None else reference_error
     gradient = out if arguments[0] is policy else torch.empty_like(policy).copy_(out)
     return loss, logits, error, reference_error, margin, gradient
+
+
+def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
+    """`gradient.mul_(factor)` of a dense gradient and a number [], fp32 or fp64, that is looked at
+    on the device: where it is 1, nothing is read or written. One launch."""
+    _op("scale_gradient", gradient.device)(gradient, factor)
 
 
 def preference_loss_backward(

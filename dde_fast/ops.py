@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dde_fast.backends import differentiable, implementation, once_differentiable
+from dde_fast.backends import differentiable, implementation, in_plain_eager, once_differentiable
 from dde_fast.reference import accumulation_dtype, empty_noised, number_of_pairs
 
 WITH_GRADIENT = ("cpp",)
@@ -53,6 +53,16 @@ def _is_one(grad_loss: Tensor) -> bool:
     return type(grad_loss) is Tensor and grad_loss.is_cpu and grad_loss.item() == 1
 
 
+def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """Their product, in the gradient's own memory unless a compiler or a mode is watching."""
+    if _is_one(factor):
+        return gradient
+    if not in_plain_eager(gradient):
+        return gradient * factor
+    implementation(backend, "scale_gradient")(gradient, factor)
+    return gradient
+
+
 class _LossGradient(torch.autograd.Function):
     """Gradient of a forward op's first three results in `policy`."""
 
@@ -61,20 +71,23 @@ class _LossGradient(torch.autograd.Function):
         output = run(policy, *rest)
         _, target, timesteps, weights, _, *constants = rest
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(policy, target, timesteps, output[1], weights, *output[5:])
+        ctx.save_for_backward(policy, target, timesteps, output[1], weights)
         ctx.constants = constants
+        ctx.made = output[5] if len(output) > 5 else None
         others += output[3:]
         return output[:3]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, grad_logits, grad_policy_error):
-        policy, target, timesteps, logits, weights, *made = ctx.saved_tensors
+        policy, target, timesteps, logits, weights = ctx.saved_tensors
+        # handed over once: who gets it may change it, and a second backward makes its own
+        made, ctx.made = ctx.made, None
         elsewhere = grad_logits is not None or grad_policy_error is not None
         if grad_loss is None and not elsewhere:
             return None, None, None, None
-        if made and not elsewhere:
-            return None, None, made[0] if _is_one(grad_loss) else made[0] * grad_loss, None
+        if made is not None and not elsewhere:
+            return None, None, _scaled(made, grad_loss, ctx.constants[-1]), None
         incoming = grad_loss, grad_logits, grad_policy_error
         gradient = torch.ops.dde_fast.preference_loss_backward(
             *incoming, policy, target, timesteps, logits, weights, *ctx.constants
@@ -181,7 +194,8 @@ def preference_loss_with_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`preference_loss`, and d loss / d policy made in the same pass for the backward to come.
 
-    For backends in `WITH_GRADIENT`; differentiable in `policy` alone, through the first five.
+    For backends in `WITH_GRADIENT`; differentiable in `policy` alone, through the first three. The
+    gradient is the backward's, which scales it in place.
     """
     constants = (beta, lose_weight, link, label_smoothing)
     *out, gradient = implementation(backend, "preference_loss_with_gradient")(

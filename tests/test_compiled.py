@@ -131,7 +131,7 @@ def test_threads_and_instruction_sets_give_the_same_bits():
         loss, noised = [], []
         for dtype in FLOATS:
             args = arguments((dtype,) * 3, pairs=5, shape=(4, 65, 63))
-            loss += run(compiled, args)
+            loss += [*run(compiled, args), *compiled.preference_loss_with_gradient(*args)]
             abar, t = torch.linspace(0.9, 0.1, 10), args[3]
             inputs = (args[0], t, abar, IDS[:5], DRAWS[:5], 3, dtype)
             noised += compiled.add_noise(*inputs)
@@ -274,6 +274,26 @@ def test_ratio_table(dtype, steps):
 
 
 @needs_extension
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scale_gradient(dtype):
+    """As float's product, in any memory order and on any number of threads."""
+    for shape in ((1,), (0, 3), (2, 4, 9, 7), (1, 8, 129, 130)):
+        given = torch.randn(shape).to(dtype)
+        if given.dim() == 4:
+            given = given.contiguous(memory_format=torch.channels_last)
+        for factor in (torch.tensor(0.3), torch.tensor(2.0**16), torch.tensor(1.0).double()):
+            gradient = given.clone()
+            compiled.scale_gradient(gradient, factor)
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            assert gradient.equal((given.to(wide) * factor.to(wide)).to(dtype))
+    op = torch.ops.dde_fast_cpp.scale_gradient
+    with pytest.raises(RuntimeError, match="gradient: expected dense memory"):
+        op(torch.ones(4, 4)[:, :2], torch.tensor(2.0))
+    with pytest.raises(RuntimeError, match="factor: expected 1 contiguous"):
+        op(torch.ones(4), torch.ones(2))
+
+
+@needs_extension
 def test_no_memory_beyond_the_outputs():
     args = arguments(pairs=4, shape=(4, 64, 64))
     run(compiled, args)
@@ -333,6 +353,12 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     assert "no kernels for xpu" in compiled.why_not("xpu")
     if not torch.cuda.is_available() and REASON is None:
         assert compiled.why_not("cuda") == "torch sees no CUDA device"
+    with monkeypatch.context() as patch:  # an older GPU
+        patch.setattr(compiled, "_load", lambda library: None)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda index: (8 - 2 * index, 5))
+        assert compiled.why_not("cuda:0") is None
+        assert "no code for sm_65" in compiled.why_not("cuda:1")
     monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
     assert "was not built" in compiled._load.__wrapped__("_cpu")
     (tmp_path / "_cpu.abi3.so").write_text("no library")
@@ -340,6 +366,28 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
 
 
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_a_cuda_library_that_was_asked_for_is_built_or_an_error(monkeypatch, tmp_path):
+    def optional():
+        return {e.name.removeprefix("dde_fast."): e.optional for e in SETUP["libraries"]()}
+
+    monkeypatch.setenv("DDE_FAST_CUDA", "1")
+    assert optional() == {"_cpu": True, "_cuda": False}
+    monkeypatch.setenv("DDE_FAST_CUDA", "0")
+    assert optional() == {"_cpu": True}
+    monkeypatch.delenv("DDE_FAST_CUDA")
+    assert optional().get("_cuda", True)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    command += ["--build-temp", str(tmp_path)]
+    for wanted, code in (("1", 1), ("", 0)):
+        env = {**os.environ, "DDE_FAST_CUDA": wanted, "CXX": "no-compiler"}
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        assert ("nvcc is not there" in result.stderr) is bool(code)
 
 
 @pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="nvcc is not installed")

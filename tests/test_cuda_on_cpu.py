@@ -12,6 +12,7 @@ from ctypes import (  # fmt: skip
     Structure,
     c_bool,
     c_double,
+    c_int,
     c_int32,
     c_int64,
     c_uint,
@@ -75,6 +76,7 @@ def kernels(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
     loaded.run_pairs.argtypes = [POINTER(Case), c_ulonglong]
     loaded.run_three.argtypes = [POINTER(Case)]
+    loaded.run_scale.argtypes = [c_void_p, c_int, c_int64, Column, c_uint]
     return loaded
 
 
@@ -262,3 +264,19 @@ def test_three_kernels_of_any_size_and_dtypes(kernels, rows, mode):
         check(run_three(kernels, args), args)
     args = arguments(BF16, n=16, rows=rows, mode=mode, link="ipo")
     check(run_three(kernels, args, aligned=False), args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", range(9))
+def test_scale_of_any_size_and_alignment(kernels, dtype, offset):
+    """In place, each element once, nothing around them; a factor of 1 touches nothing."""
+    for n, blocks in ((1, 1), (7, 1), (8, 2), (TILE + 13, 1), (3 * TILE + 5, 2), (TILE, 3)):
+        for kind, factor in ((F32, 0.3), (F64, 0.3), (F32, 65536.0), (F64, 1.0)):
+            by = torch.tensor(factor, dtype=kind)
+            memory, _ = guarded((n + offset,), dtype)
+            inside = memory[MARGIN + offset : -MARGIN].copy_(torch.randn(n).to(dtype))
+            given = inside.clone()
+            kernels.run_scale(inside.data_ptr(), DTYPES.index(dtype), n, Column(by.data_ptr(), kind == F64), blocks)  # fmt: skip
+            wide = F64 if dtype == F64 else F32
+            assert inside.equal(given if factor == 1 else (given.to(wide) * by.to(wide)).to(dtype))
+            assert memory[: MARGIN + offset].isnan().all() and memory[-MARGIN:].isnan().all()

@@ -309,8 +309,8 @@ def test_backends_resolve(monkeypatch):
     assert backends.resolve_backend("auto", cpu) == ("cpp" if there else "reference")
     assert backends.resolve_backend("auto", torch.device("meta")) == "reference"
     for absent, expected in (
-        ((), "triton"),
-        (("triton",), "cpp"),
+        ((), "cpp"),
+        (("cpp",), "triton"),
         (("triton", "cpp"), "reference"),
     ):
         monkeypatch.setattr(
@@ -407,6 +407,48 @@ def test_gradient_with_the_forward_serves_every_backward(backend):
             torch.testing.assert_close(again, 2 * once)
             gradients.append(once)
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", [b for b in ops.WITH_GRADIENT if b in BACKENDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1 / 3, 65536.0])
+def test_a_gradient_made_with_the_forward_is_given_away_once(scale, dtype, backend):
+    """Whatever becomes of it then, a later backward through the same graph is right."""
+    args = list(arguments(pairs=3, dtype=dtype, backend=backend))
+    policy, _, target, timesteps, weights, _, *constants = args
+    args[0] = leaf = policy.requires_grad_()
+    total = scale * ops.preference_loss_with_gradient(*args)[0]
+    logits = ops.preference_loss(*args)[1].detach()
+    given = torch.tensor(scale, dtype=logits.dtype, device=DEVICE), None, None
+    inputs = policy.detach(), target, timesteps, logits, weights
+    expected = ops.preference_loss_backward(*given, *inputs, *constants)
+    rounding = 4 * torch.finfo(dtype).eps
+    for _ in range(3):
+        (gradient,) = torch.autograd.grad(total, leaf, retain_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=rounding, atol=0)
+        gradient.fill_(float("nan"))
+    total.backward(retain_graph=True)
+    kept = leaf.grad
+    total.backward()
+    assert leaf.grad is kept
+    torch.testing.assert_close(kept, 2 * expected, rtol=2 * rounding, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
+
+
+@pytest.mark.parametrize("backend", [b for b in ops.WITH_GRADIENT if b in BACKENDS])
+def test_a_scaled_gradient_takes_no_memory_of_its_own(backend, monkeypatch):
+    args = list(arguments(backend=backend))
+    args[0].requires_grad_()
+    made = []
+    for scale in (1.0, 0.5):
+        monkeypatch.setattr(ops, "_is_one", lambda factor: False)  # as on a GPU
+        loss, *_, gradient = ops.preference_loss_with_gradient(*args)
+        unscaled = gradient.clone()
+        (got,) = torch.autograd.grad(scale * loss, args[0])
+        assert got.data_ptr() == gradient.data_ptr() and got.equal(scale * unscaled)
+        made.append(got)
+    assert made[1].equal(0.5 * made[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

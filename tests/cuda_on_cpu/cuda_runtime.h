@@ -80,7 +80,7 @@ struct Block {
 struct Index {
   unsigned x;
 };
-inline thread_local Index thread_index, block_index;
+inline thread_local Index thread_index, block_index, grid_size;
 inline thread_local Block* block;
 
 inline void yield() {
@@ -179,6 +179,7 @@ void launch(unsigned clusters, int blocks, int threads, bool backwards, Dynamic 
     for (int rank = 0; rank < blocks; ++rank) {
       running.emplace_back([&, rank] {
         cluster.shared[rank] = dynamic();
+        grid_size.x = clusters * blocks;
         run_block(cluster, first + rank, kernel);
       });
     }
@@ -190,6 +191,7 @@ void launch(unsigned clusters, int blocks, int threads, bool backwards, Dynamic 
 
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
+#define gridDim emulator::grid_size
 
 inline void __syncthreads() {
   emulator::Barrier& barrier = emulator::block->barrier;
@@ -208,6 +210,7 @@ T __shfl_xor_sync(unsigned, T x, int offset) {
 }
 
 inline uint4 __ldg(const uint4* data) { return *data; }
+inline uint4 __ldcg(const uint4* data) { return *data; }
 inline void __stwb(uint4* data, uint4 x) { *data = x; }
 inline void __threadfence() {}
 

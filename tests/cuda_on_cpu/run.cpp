@@ -101,6 +101,20 @@ extern "C" void run_three(const Case* c) {
   }
 }
 
+// a gradient of n elements scaled in place
+extern "C" void run_scale(void* data, int dtype, int64_t n, Column factor, unsigned blocks) {
+  const auto run = [&](auto* x, auto acc) {
+    emulator::launch(
+        blocks, 1, THREADS, false,
+        [] { return std::span(reinterpret_cast<char*>(dynamic), sizeof(dynamic)); },
+        [&] { scale_kernel<std::remove_pointer_t<decltype(x)>, decltype(acc)>(x, n, factor); });
+  };
+  if (dtype == F64) return run(static_cast<double*>(data), 0.0);
+  if (dtype == F32) return run(static_cast<float*>(data), 0.0f);
+  if (dtype == F16) return run(static_cast<__half*>(data), 0.0f);
+  run(static_cast<__nv_bfloat16*>(data), 0.0f);
+}
+
 // the kernel for clusters
 extern "C" void run_pairs(const Case* c, unsigned long long nonce) {
   vectorised(c->policy.dtype, c->target.dtype, c->n, true, [&](auto acc, auto policy, auto target) {
