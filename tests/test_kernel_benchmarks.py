@@ -142,3 +142,36 @@ def test_rows_of_the_loss_do_what_they_are_called():
     command = [sys.executable, "-c", LOSS_ROWS]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def row(name: str, median: float, **info) -> dict:
+    info = {"name": name, "share_of_copy": 0.5, "dtype": "float32", "cache": "warm", **info}
+    return {"stats": {"median": median}, "extra_info": info}
+
+
+def test_the_table_of_kernels(tmp_path, monkeypatch):
+    """Cold rows are marked, the files of a GPU are one table, and a GPU not measured is said."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from kernel_table import kernels
+
+    loss = {"op": "loss", "mode": "both", "pairs": 16, "shape": [4, 64, 64]}
+    rows = [row("salesforce", 2e-3, **loss), row("cpp", 1e-3, **loss)]
+    rows += [row(*of, cache="cold", **loss) for of in (("salesforce", 6e-3), ("cpp", 4e-3))]
+
+    def write(name: str, rows: list[dict], **machine) -> None:
+        machine = {"threads": 2, "versions": {"torch": "2"}, "copy_GB_per_s": 9.0, **machine}
+        data = {"machine_info": machine, "commit_info": {"id": "abc"}, "benchmarks": rows}
+        (tmp_path / f"kernels-{name}.json").write_text(json.dumps(data))
+
+    write("a-cpu", rows, device="a CPU")
+    text = "\n".join(kernels(tmp_path))
+    tail = "16 × 4×64×64 float32 | salesforce"
+    assert f"| loss, forward + backward | {tail} 2.00 | cpp 1.00 | 2.0 | 50 % |" in text
+    assert f"| loss, forward + backward, cold | {tail} 6.00 | cpp 4.00 | 1.5 | 50 % |" in text
+    assert "No kernel has been measured on a GPU" in text
+    ddim = {"op": "ddim_step", "mode": "both", "pairs": 16, "shape": [4, 64, 64], "launches": 3}
+    write("gpu-loss", rows, device="a GPU")
+    write("gpu-ddim", [row("eager", 2e-3, **ddim), row("triton", 1e-3, **ddim)], device="a GPU")
+    text = "\n".join(kernels(tmp_path))
+    assert text.count("**a GPU") == 1 and text.count("loss, forward + backward, cold") == 2
+    assert "| ddim_step, forward + backward |" in text and "No kernel" not in text
