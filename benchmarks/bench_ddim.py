@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from conftest import ALPHAS_CUMPROD, BACKENDS, BATCHES, DEVICE, SETS, SHAPES
+from conftest import ALPHAS_CUMPROD, BACKENDS, BATCHES, COLD, DEVICE, SETS, SHAPES
 from torch import Tensor
 
 from dde_fast.sampling import ddim_coefficients, ddim_step
@@ -79,14 +79,15 @@ def inputs(batch: int, shape: tuple[int, ...], dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("shape", SHAPES)
-def bench_ddim(measure, benchmark, shape, batch, dtype, name, mode):
-    benchmark.group = f"ddim_step {mode} {shape} B={batch} {str(dtype)[6:]}"
+def bench_ddim(measure, benchmark, shape, batch, dtype, name, mode, cache="warm"):
+    benchmark.group = f"ddim_step {mode} {cache} {shape} B={batch} {str(dtype)[6:]}"
     sets = [inputs(batch, SHAPES[shape], dtype) for _ in range(SETS)]
     # read prediction, sample, K others and write K samples; or read twice and write the gradient
     rows = 2 + 2 * CANDIDATES if mode == "forward" else 2 * (2 + CANDIDATES) + 1
     measure(
         calls(name, mode, sets),
         bytes=rows * batch * torch.Size(SHAPES[shape]).numel() * dtype.itemsize,
+        cache=cache,
         op="ddim_step",
         name=name,
         mode=mode,
@@ -94,3 +95,9 @@ def bench_ddim(measure, benchmark, shape, batch, dtype, name, mode):
         shape=list(SHAPES[shape]),
         dtype=str(dtype)[6:],
     )
+
+
+@pytest.mark.parametrize("name", ["eager", *BACKENDS])
+@pytest.mark.parametrize(("shape", "batch"), COLD)
+def bench_ddim_cold(measure, benchmark, shape, batch, name):
+    bench_ddim(measure, benchmark, shape, batch, torch.float32, name, mode="both", cache="cold")

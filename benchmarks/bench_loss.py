@@ -1,12 +1,20 @@
 """The loss head against the published scripts' eager formula and that formula compiled.
 
 `salesforce` is train.py of DiffusionDPO as published, `compiled` the same under torch.compile. All
-compute Diffusion-DPO with beta 5000 on the same tensors; `dde_fast` rows name their backend. Bytes
-are what any implementation must move: prediction, reference and target read once, the gradient
+compute Diffusion-DPO with beta 5000 on the same tensors; `dde_fast` rows name their backend.
+
+`forward` is the loss alone, under no_grad. `backward` is the gradient alone: of the baselines that of
+one loss, taken again and again; ours the op that makes it from the logits, what a second backward or a
+loss with other terms runs. `both` is a loss and its gradient as in training, where the cpp backend
+makes the two in one pass: it is less than forward and backward together.
+
+Bytes are what any implementation must move: prediction, reference and target read once, the gradient
 written once; a backward by itself reads prediction and target again.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import pytest
 import torch
@@ -31,19 +39,23 @@ def salesforce(model_pred: Tensor, ref_pred: Tensor, target: Tensor, timesteps: 
     return -torch.nn.functional.logsigmoid(inside_term).mean()
 
 
-def implementation(name: str):
-    """(model_pred, ref_pred, target, timesteps) -> loss."""
-    if name == "salesforce":
-        return salesforce
-    if name == "compiled":
-        torch._dynamo.reset()
-        # the backward is timed alone too, again and again on one graph
-        torch._functorch.config.donated_buffer = False
-        return torch.compile(salesforce, dynamic=False)
-    loss_fn = PreferenceLoss(
-        "diffusion-dpo", alphas_cumprod=ALPHAS_CUMPROD, beta=BETA, backend=name
-    ).to(DEVICE)
-    return lambda *inputs: loss_fn(*inputs).loss
+@lru_cache(maxsize=1)
+def compiled(shape: str, pairs: int, dtype: torch.dtype):
+    """`salesforce` compiled for these inputs, once for the modes that follow one another."""
+    torch._dynamo.reset()
+    # the backward is timed alone too, again and again on one graph
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(salesforce, dynamic=False)
+
+
+def our_backward(loss_fn: PreferenceLoss, policy: Tensor, *rest: Tensor):
+    """A function that makes the gradient of one loss in policy, from its logits."""
+    policy, (_, target, timesteps) = policy.detach(), rest
+    one, logits = torch.ones((), device=DEVICE), loss_fn(policy, *rest).logits
+    given = (one, None, None, policy, target, timesteps, logits, loss_fn.weights)
+    constants = (loss_fn.beta, loss_fn.objective.lose_weight, loss_fn.link, loss_fn.label_smoothing)
+    op = torch.ops.dde_fast.preference_loss_backward
+    return lambda: op(*given, *constants, loss_fn.backend)
 
 
 def inputs(pairs: int, shape: tuple[int, ...], dtype: torch.dtype, repeat: bool):
@@ -57,19 +69,29 @@ def inputs(pairs: int, shape: tuple[int, ...], dtype: torch.dtype, repeat: bool)
     return policy.to(dtype).requires_grad_(), reference.to(dtype), target.to(dtype), timesteps
 
 
-def calls(loss_fn, mode: str, sets: list):
-    for policy, *rest in sets:
-        if mode == "forward":
-            yield lambda policy=policy, rest=rest: loss_fn(policy, *rest)
-        elif mode == "backward":
-            loss = loss_fn(policy, *rest)
-            yield lambda loss=loss, policy=policy: torch.autograd.grad(
-                loss, policy, retain_graph=True
-            )
-        else:
-            yield lambda policy=policy, rest=rest: torch.autograd.grad(
-                loss_fn(policy, *rest), policy
-            )
+def calls(loss_of, mode: str, sets: list):
+    """Functions without arguments, one per set of inputs; loss_of is a PreferenceLoss or a baseline."""
+    ours = isinstance(loss_of, PreferenceLoss)
+
+    def loss(*inputs):
+        return loss_of(*inputs).loss if ours else loss_of(*inputs)
+
+    @torch.no_grad()
+    def forward(*inputs):
+        return loss(*inputs)
+
+    def both(policy, *rest):
+        return torch.autograd.grad(loss(policy, *rest), policy)
+
+    def backward(policy, *rest):
+        if ours:
+            return our_backward(loss_of, policy, *rest)
+        made = loss(policy, *rest)
+        return lambda: torch.autograd.grad(made, policy, retain_graph=True)
+
+    if mode == "backward":
+        return [backward(*s) for s in sets]
+    return [lambda s=s: {"forward": forward, "both": both}[mode](*s) for s in sets]
 
 
 @pytest.mark.parametrize(
@@ -86,9 +108,13 @@ def bench_loss(measure, benchmark, shape, pairs, dtype, name, mode, cache):
     latent = 2 * pairs * torch.Size(SHAPES[shape]).numel() * dtype.itemsize
     needed = {"forward": 2.5 * latent, "backward": 2.5 * latent, "both": 3.5 * latent}[mode]
     sets = [inputs(pairs, SHAPES[shape], dtype, repeat=not ours) for _ in range(SETS)]
-    loss_fn = implementation(name)
+    if ours:
+        options = {"alphas_cumprod": ALPHAS_CUMPROD, "beta": BETA, "backend": name}
+        loss_of = PreferenceLoss("diffusion-dpo", **options).to(DEVICE)
+    else:
+        loss_of = salesforce if name == "salesforce" else compiled(shape, pairs, dtype)
     measure(
-        list(calls(loss_fn, mode, sets)),
+        calls(loss_of, mode, sets),
         bytes=int(needed),
         cache=cache,
         op="loss",

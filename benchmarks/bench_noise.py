@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS, BATCHES, DEVICE, SETS, SHAPES
+from conftest import BACKENDS, BATCHES, COLD, DEVICE, SETS, SHAPES
 from diffusers import DDPMScheduler
 
 from dde_fast.noise import add_noise
@@ -19,8 +19,8 @@ from dde_fast.noise import add_noise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("pairs", BATCHES)
 @pytest.mark.parametrize("shape", SHAPES)
-def bench_noise(measure, benchmark, shape, pairs, dtype, name, layout):
-    benchmark.group = f"add_noise {layout} {shape} B={pairs} {str(dtype)[6:]}"
+def bench_noise(measure, benchmark, shape, pairs, dtype, name, layout, cache="warm"):
+    benchmark.group = f"add_noise {layout} {cache} {shape} B={pairs} {str(dtype)[6:]}"
     memory_format = getattr(torch, layout)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     alphas_cumprod = scheduler.alphas_cumprod.to(DEVICE)
@@ -46,6 +46,7 @@ def bench_noise(measure, benchmark, shape, pairs, dtype, name, layout):
     measure(
         [lambda s=s: function(*s) for s in sets],
         bytes=5 * pairs * torch.Size(SHAPES[shape]).numel() * dtype.itemsize,
+        cache=cache,
         op="add_noise",
         name=name,
         layout=layout,
@@ -53,3 +54,10 @@ def bench_noise(measure, benchmark, shape, pairs, dtype, name, layout):
         shape=list(SHAPES[shape]),
         dtype=str(dtype)[6:],
     )
+
+
+@pytest.mark.parametrize("name", ["diffusers", *BACKENDS])
+@pytest.mark.parametrize(("shape", "pairs"), COLD)
+def bench_noise_cold(measure, benchmark, shape, pairs, name):
+    options = {"dtype": torch.float32, "layout": "contiguous_format", "cache": "cold"}
+    bench_noise(measure, benchmark, shape, pairs, name=name, **options)

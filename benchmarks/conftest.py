@@ -1,7 +1,13 @@
 """Clock, machine and inputs of the benchmarks: `pytest benchmarks/ --benchmark-only`.
 
 Every row is timed on random data, in one process with its baselines. `BENCH_SMALL=1` keeps the
-smallest shape alone (the test suite runs that once, untimed).
+smallest shape alone (the test suite runs that once, untimed), `BENCH_BATCHES="1 128"` these batches,
+`BENCH_SECONDS` are timed per row.
+
+A warm row's round is as many calls as last `ROUND_SECONDS`, one after another. A cold row's is one
+call behind a write that fills the caches. On a GPU, where events time what is between them in its
+queue, nobody waits between that write and the call: the host queues the call while the GPU writes, so
+that the row holds the GPU's time alone, unlike a warm one, whose calls may well wait for the host.
 """
 
 from __future__ import annotations
@@ -21,9 +27,12 @@ from dde_fast import backends
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = os.environ.get("BENCH_SMALL") == "1"
-SECONDS = 0.3 if DEVICE.type == "cpu" else 0.1
+SECONDS = float(os.environ.get("BENCH_SECONDS") or (0.3 if DEVICE.type == "cpu" else 0.1))
 """Timed per row, at least five rounds; a GPU's clock varies less."""
-FLUSH_BYTES = 256 * 2**20
+ROUND_SECONDS, MOST_CALLS = (2e-4, 50) if DEVICE.type == "cpu" else (5e-3, 1000)
+"""Of a warm round. A GPU's begins with the host's way to its first kernel, some ten microseconds."""
+FLUSH_BYTES, FLUSHES = 256 * 2**20, 1 if DEVICE.type == "cpu" else 10
+"""Written before a cold call. Ten times take a GPU a millisecond, in which the host queues the call."""
 
 # Triton's interpreter is no backend to time
 BACKENDS = [name for name in backends.BACKENDS if backends.why_not(name, DEVICE) is None]
@@ -39,39 +48,50 @@ SHAPES = {"sd15": (4, 64, 64), "sdxl": (4, 128, 128), "sd3": (16, 128, 128)}
 BATCHES = (1, 8, 16, 32, 128)
 if SMALL:
     SHAPES, BATCHES = {"sd15": (4, 64, 64)}, (1,)
+elif "BENCH_BATCHES" in os.environ:
+    BATCHES = tuple(map(int, os.environ["BENCH_BATCHES"].split()))
+
+COLD = [("sd15", 1)] if SMALL else [("sd15", 16), ("sdxl", 128)]
+"""The (shape, batch) of cold rows but the loss's, which has them for all."""
+COLD = [case for case in COLD if case[1] in BATCHES]
 
 
 class CudaClock:
-    """Seconds by CUDA events: pytest-benchmark's own clock times launches only."""
+    """Seconds by CUDA events, read in pairs: pytest-benchmark's own clock times launches only.
+
+    The first reading of a pair puts an event into the GPU's queue and does not wait, the second waits
+    for its own: their difference is the GPU's time from the one to the other.
+    """
 
     def __init__(self):
-        self.seconds, self.last = 0.0, None
+        self.first = None
 
     def __call__(self) -> float:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
+        if self.first is None:
+            self.first = event
+            return 0.0
         event.synchronize()
-        if self.last is not None:
-            self.seconds += self.last.elapsed_time(event) / 1e3
-        self.last = event
-        return self.seconds
+        first, self.first = self.first, None
+        return first.elapsed_time(event) / 1e3
 
 
-def pytest_configure(config):
-    if DEVICE.type == "cuda" and hasattr(config.option, "benchmark_timer"):
-        from pytest_benchmark.utils import NameWrapper
-
-        config.option.benchmark_timer = NameWrapper(CudaClock())
+def new_clock():
+    """A function whose readings before and after something differ by the device's seconds."""
+    return CudaClock() if DEVICE.type == "cuda" else time.perf_counter
 
 
 def commit() -> str:
-    """The checkout's commit, with a + if the tree differs from it."""
+    """DDE_FAST_COMMIT, for a tree without .git, else the checkout's, with a + if the tree differs."""
+    if os.environ.get("DDE_FAST_COMMIT"):
+        return os.environ["DDE_FAST_COMMIT"]
     root = Path(__file__).parent.parent
     try:
         run = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DDE_FAST_COMMIT", "unknown")
+        return "unknown"
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -117,8 +137,7 @@ def copy_bandwidth() -> float:
         size = 2**22 if SMALL else 2**28 if DEVICE.type == "cpu" else 2**31
         source = torch.randn(size // 4, device=DEVICE)
         target = torch.empty_like(source)
-        clock = CudaClock() if DEVICE.type == "cuda" else time.perf_counter
-        times = []
+        clock, times = new_clock(), []
         for _ in range(7):
             start = clock()
             target.copy_(source)
@@ -133,36 +152,45 @@ def measure(benchmark):
 
     def run(functions, *, bytes: int, cache: str = "warm", **info):
         rotation = itertools.cycle(functions)
-        clock = benchmark._timer if DEVICE.type == "cuda" else time.perf_counter
+        # set here: what --benchmark-timer takes is the name of a function
+        clock = benchmark._timer = new_clock()
 
         def call():
             return next(rotation)()
 
+        def seconds(calls: int) -> float:
+            start = clock()
+            for _ in range(calls):
+                call()
+            return max((clock() - start) / calls, 1e-7)
+
         for _ in functions:
             call()
-        start = clock()
-        call()
-        once = max(clock() - start, 1e-7)
+        once = seconds(1)
+        if once < 1e-3:  # then the way of one call to the GPU, or a hiccup, is much of that
+            once = seconds(10)
         extra = peak_extra_bytes(call)
         if cache == "cold":
             other = torch.empty(FLUSH_BYTES // 4, device=DEVICE)
 
             def flush():
-                other.fill_(1.0)
+                for _ in range(FLUSHES):
+                    other.fill_(1.0)
 
             rounds = min(max(int(SECONDS / 4 / once), 5), 30)
             benchmark.pedantic(call, setup=flush, rounds=rounds, iterations=1)
         else:
-            iterations = max(1, min(int(2e-4 / once), 50))
+            iterations = max(1, min(int(ROUND_SECONDS / once), MOST_CALLS))
             rounds = min(max(int(SECONDS / (once * iterations)), 5), 200)
-            benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=2)
+            warmup = 2 if rounds > 5 else 0  # long calls: those above have warmed it up
+            benchmark.pedantic(call, rounds=rounds, iterations=iterations, warmup_rounds=warmup)
         benchmark.extra_info.update(info, cache=cache, bytes=bytes, peak_extra_bytes=extra)
-        if DEVICE.type == "cuda":
-            benchmark.extra_info["launches"] = launches(call)
         if benchmark.stats is not None:
             rate = bytes / benchmark.stats.stats.median
             benchmark.extra_info["GB_per_s"] = rate / 1e9
             benchmark.extra_info["share_of_copy"] = rate / copy_bandwidth()
+        if DEVICE.type == "cuda":
+            benchmark.extra_info["launches"] = launches(call)
 
     return run
 
@@ -189,11 +217,18 @@ def peak_extra_bytes(call) -> int:
 
 
 def launches(call) -> int:
-    """Kernels and copies that a call puts on the GPU."""
+    """Kernels and copies that a call makes the GPU run; those of a replayed graph count each.
+
+    Raises:
+        RuntimeError: the profiler saw none, as where it may not use CUPTI.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == on_gpu for event in profiler.events())
+    seen = sum(event.device_type == on_gpu for event in profiler.events())
+    if not seen:
+        raise RuntimeError("the profiler saw nothing run on the GPU: is CUPTI there and allowed?")
+    return seen

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from kernel_table import kernels
 from step_table import whole_steps
 
 ROOT = Path(__file__).parent.parent
@@ -47,54 +48,6 @@ def evaluation(name: str, result: dict) -> list[str]:
 
 def picture(path: Path, about: str) -> list[str]:
     return [f"![{about}](benchmarks/results/{path.name})", ""] if path.exists() else []
-
-
-SHOWN = [
-    ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 16, "shape": [4, 64, 64]}),
-    ("loss, forward + backward", {"op": "loss", "mode": "both", "cache": "warm", "pairs": 128, "shape": [4, 128, 128]}),
-    ("add_noise", {"op": "add_noise", "layout": "contiguous_format", "pairs": 16, "shape": [4, 64, 64]}),
-    ("add_noise, channels_last", {"op": "add_noise", "layout": "channels_last", "pairs": 16, "shape": [4, 64, 64]}),
-    ("ddim_step, forward + backward", {"op": "ddim_step", "mode": "both", "pairs": 16, "shape": [4, 64, 64]}),
-]  # fmt: skip
-"""Rows of the README's table: (what, the extra_info that selects it)."""
-
-BASELINES = ("salesforce", "compiled", "diffusers", "eager")
-
-
-def kernels(data: dict) -> list[str]:
-    """One machine's benchmarks as a Markdown table: milliseconds and how often faster."""
-    machine = data["machine_info"]
-    lines = [
-        f"**{machine['device']}, {machine['threads']} threads.** Commit "
-        f"`{data['commit_info']['id']}`, torch {machine['versions']['torch']}, copy bandwidth "
-        f"{machine['copy_GB_per_s']:.1f} GB/s. Medians in milliseconds of one run; `salesforce` is "
-        "the published Diffusion-DPO formula, `compiled` that under torch.compile, `diffusers` "
-        "torch.randn and its `add_noise`.",
-        "",
-        "| op | latents | baselines | dde_fast | times faster | share of copy bandwidth |",
-        "|---|---|---|---|---|---|",
-    ]
-    for what, wanted in SHOWN:
-        for dtype in ("float32", "bfloat16"):
-            rows = {}
-            for row in data["benchmarks"]:
-                info = row["extra_info"]
-                if info["dtype"] == dtype and all(info.get(k) == v for k, v in wanted.items()):
-                    rows[info["name"]] = row
-            ours = [name for name in rows if name not in (*BASELINES, "reference")]
-            if not ours:
-                continue
-            best = min(ours, key=lambda name: rows[name]["stats"]["median"])
-            seconds = {name: row["stats"]["median"] for name, row in rows.items()}
-            theirs = [name for name in rows if name in BASELINES]
-            lines.append(
-                f"| {what} | {wanted['pairs']} × {'×'.join(map(str, wanted['shape']))} {dtype} | "
-                + ", ".join(f"{name} {1e3 * seconds[name]:.2f}" for name in theirs)
-                + f" | {best} {1e3 * seconds[best]:.2f} | "
-                + ", ".join(f"{seconds[name] / seconds[best]:.1f}" for name in theirs)
-                + f" | {100 * rows[best]['extra_info']['share_of_copy']:.0f} % |"
-            )
-    return [*lines, ""]
 
 
 def reading(data: dict) -> list[str]:
@@ -346,9 +299,7 @@ def render(results: Path = RESULTS) -> str:
             lines += evaluation(name, json.loads(path.read_text(encoding="utf-8")))
             lines += picture(results / f"{name}-grid.png", title)
     lines += experiments(results)
-    for path in sorted(results.glob("kernels-*.json")):
-        lines += kernels(json.loads(path.read_text(encoding="utf-8")))
-        lines += picture(path.with_suffix(".png"), "loss, forward and backward")
+    lines += kernels(results)
     for path in sorted(results.glob("data-*.json")):
         lines += reading(json.loads(path.read_text(encoding="utf-8")))
     lines += whole_steps(results)

@@ -1,74 +1,94 @@
 #!/usr/bin/env bash
-# Build, every benchmark and the whole test suite on a GPU machine, in one command:
+# What a GPU machine is for, in one command:
 #
-#     MINUTES=12 benchmarks/run_gpu.sh OUT
+#     MINUTES=12 PARTS="build cuda kernels tests steps" benchmarks/run_gpu.sh OUT
 #
-# Uses the python3 on PATH with the torch it holds (nothing is downloaded). Each part has a budget;
-# what is cut off, failed or skipped is said, and stands in OUT/not-done.txt. OUT gets a log of each
-# part, kernels.json, train-step-*.json, scaling-*.json (from two GPUs on), tests/ (a log and
-# an XML per file). Exit status: 0 if all of it ran and passed.
+# Uses the python3 on PATH with the packages it holds (nothing is downloaded). PARTS are done in that
+# order, all of them unless given, which takes half an hour; `steps` alone MINUTES=9. Each command has a budget,
+# and what earlier ones left of theirs; what is cut off, failed or skipped is said, and stands in
+# OUT/not-done.txt. OUT gets kernels-*.json, unet-levers-*.json, train-step-*.json (scaling-sd15.json
+# where there are several GPUs), and logs.tar.gz: these again and a log of everything. Each call its own.
+# DDE_FAST_COMMIT names the commit of a tree without .git. Exit status: 0 if all of it ran and passed.
 set -uo pipefail
-out=$(mkdir -p "${1:?where to write the results}" && cd "$1" && pwd) || exit 2
+out=$(mkdir -p "${1:?where to write the results}/logs/tests" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-end=$((SECONDS + 60 * ${MINUTES:-12}))
-status=0
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 out
+parts=${PARTS:-build cuda kernels tests steps}
+for name in $parts; do
+    case $name in build | cuda | kernels | tests | steps) ;; *) echo "no such part: $name"; exit 2 ;; esac
+done
+missing=$(python3 -c 'from importlib.util import find_spec
+names = "torch triton diffusers deepspeed transformers pytest pytest_benchmark".split()
+print(*(name for name in names if find_spec(name) is None))') || exit 2
+if [ -n "$missing" ]; then echo "not installed: $missing"; exit 2; fi
+end=$((SECONDS + 60 * ${MINUTES:-12})) due=$SECONDS status=0
 : >"$out/not-done.txt"
+
+wanted() { [[ " $parts " == *" $1 "* ]]; }
 
 not_done() { echo "$*" | tee -a "$out/not-done.txt"; status=1; }
 
-# part NAME SECONDS COMMAND…: within its budget and what is left of the whole
+# part NAME SECONDS COMMAND…: within its budget, what the ones before left, and the whole
 part() {
-    local name=$1 budget=$2 left=$((end - SECONDS)) began=$SECONDS code
+    local name=$1 budget began=$SECONDS code
+    due=$((due + $2))
+    budget=$(((due < end ? due : end) - SECONDS))
     shift 2
-    [ "$left" -ge "$budget" ] || budget=$left
     if [ "$budget" -lt 20 ]; then not_done "skipped, no time left: $name"; return; fi
-    timeout --kill-after=10 "$budget" "$@" >"$out/$name.log" 2>&1
+    timeout --kill-after=10 "$budget" "$@" >"$out/logs/$name.log" 2>&1
     code=$?
     case $code in
         0) echo "$name: done in $((SECONDS - began)) s" ;;
         124 | 137) not_done "cut off after $budget s: $name" ;;
-        *) not_done "failed ($code): $name"; tail -n 5 "$out/$name.log" ;;
+        *) not_done "failed ($code): $name"; tail -n 5 "$out/logs/$name.log" ;;
     esac
 }
 
-# step NAME SECONDS CASE FLAGS…
-step() {
-    local name=train-step-$1 budget=$2
-    shift 2
-    part "$name" "$budget" python3 benchmarks/bench_train_step.py "$@" --rounds 10 --output "$out/$name.json"
+# kernels OP SECONDS: a file each, as it is written at the end; fewer and shorter rows than a CPU's
+kernels() {
+    part "kernels-$1" "$2" env BENCH_BATCHES="1 16 128" BENCH_SECONDS=0.05 python3 -m pytest \
+        "benchmarks/bench_$1.py" -k "not sd3" --benchmark-only -q \
+        --benchmark-columns=median,iqr,rounds --benchmark-json="$out/kernels-$1.json"
 }
 
-part build 120 python3 setup.py build_ext --inplace
-part about 60 sh -c 'python3 -m dde_fast; nvidia-smi'
-cat "$out/about.log"
+# script NAME SECONDS COMMAND…: a benchmark that writes NAME.json
+script() {
+    local name=$1 seconds=$2
+    shift 2
+    part "$name" "$seconds" python3 "$@" --output "$out/$name.json"
+}
 
-# what cannot be had elsewhere comes first, should time run out
-part cuda 60 python3 -m pytest tests/test_cuda.py -q
-step sd15 150 sd15
-step sdxl 210 sdxl
-step sd15-regional 150 sd15 --compile regional
-step sdxl-regional 240 sdxl --compile regional
-gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -gt 1 ]; then
-    part scaling-sd15 120 python3 benchmarks/scaling.py sd15 --rounds 4 --output "$out/scaling-sd15.json"
-else
-    echo "scaling: skipped, it wants two GPUs, here is $gpus"
-fi
-part kernels 180 python3 -m pytest benchmarks/ --benchmark-only --benchmark-json="$out/kernels.json" \
-    --benchmark-columns=median,iqr,rounds -q
-step embedded 40 embedded
-step sd15-whole 240 sd15 --compile whole
-# then the tests, a file per process: most of them wait for processes and compilers of their own
-mkdir -p "$out/tests"
+# a file per process: most of the tests wait for processes and compilers of their own
 tests() {
-    ls tests/test_*.py | OMP_NUM_THREADS=2 xargs -P 6 -I{} sh -c \
-        'python3 -m pytest --junitxml="$1/$(basename "$2" .py).xml" --durations=3 -q "$2" \
-         >"$1/$(basename "$2" .py).log" 2>&1' _ "$out/tests" {}
+    ls tests/test_*.py | OMP_NUM_THREADS=2 xargs -P 6 -I{} sh -c 'name=$(basename "$1" .py)
+        python3 -m pytest --junitxml="$out/logs/tests/$name.xml" --durations=3 -q "$1" \
+            >"$out/logs/tests/$name.log" 2>&1' _ {}
 }
 export -f tests
-export out
-part tests 900 bash -c tests
-grep -hE "^(FAILED|ERROR)|(passed|failed|error).* in " "$out"/tests/*.log
+
+if wanted build; then
+    part build 170 env DDE_FAST_CUDA=1 python3 setup.py build_ext --inplace
+    part built 30 python3 -c 'import sys; from dde_fast import compiled; sys.exit(compiled.why_not("cuda"))'
+    part about 30 sh -c 'python3 -m dde_fast; nvidia-smi'
+    cat "$out/logs/about.log" 2>/dev/null
+fi
+# pytest is content even if it skips every test
+wanted cuda && part cuda 60 bash -o pipefail -c 'python3 -m pytest tests/test_cuda.py -q -rs | tee /dev/stderr | grep " passed"'
+if wanted kernels; then kernels noise 40; kernels ddim 40; kernels loss 110; fi
+wanted tests && part tests 600 bash -c tests
+if wanted steps; then
+    levers=benchmarks/unet_levers.py step=benchmarks/bench_train_step.py
+    script unet-levers-sd15 50 $levers sd15
+    script unet-levers-sdxl 80 $levers sdxl
+    script train-step-sd15 70 $step sd15 --rounds 10
+    script train-step-sdxl 100 $step sdxl --rounds 10
+    script train-step-sd15-regional 80 $step sd15 --compile regional --rounds 10
+    script train-step-sdxl-regional 120 $step sdxl --compile regional --rounds 10
+    script train-step-embedded 40 $step embedded --rounds 10
+    [ "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ] ||
+        script scaling-sd15 120 benchmarks/scaling.py sd15 --rounds 4
+fi
+grep -hE "^(FAILED|ERROR)|(passed|failed|error).* in " "$out"/logs/tests/*.log 2>/dev/null
 cat "$out/not-done.txt"
+(cd "$out" && tar -czf logs.tar.gz logs not-done.txt $(ls -- *.json 2>/dev/null) && rm -r logs)
 exit $status

@@ -1,4 +1,4 @@
-"""Every benchmark runs, once and untimed, on its smallest shape."""
+"""The other benchmarks, small, and the tables and pictures of them all."""
 
 import json
 import os
@@ -10,41 +10,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*args: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"BENCH_SMALL": "1"}
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "-q", *args]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def test_every_benchmark_runs_untimed():
-    result = run("--benchmark-disable")
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert " passed" in result.stdout and "skipped" not in result.stdout
-
-
-def test_a_timed_row_says_what_it_is(tmp_path):
-    """One row of each file: bytes, bandwidth, memory, machine, versions and commit in the JSON."""
-    path = tmp_path / "rows.json"
-    only = "fp32-salesforce-both or (bench_noise and fp32-diffusers) or fp32-eager-both"
-    result = run("--benchmark-only", f"--benchmark-json={path}", "-k", only)
-    assert result.returncode == 0, result.stdout[-3000:]
-    data = json.loads(path.read_text())
-    assert len(data["benchmarks"]) == 5
-    for row in data["benchmarks"]:
-        info = row["extra_info"]
-        assert info["bytes"] > 0 and info["peak_extra_bytes"] > 0
-        rate = info["bytes"] / row["stats"]["median"] / 1e9
-        assert info["GB_per_s"] == pytest.approx(rate, rel=1e-3)
-        assert info["share_of_copy"] > 0
-    both = next(
-        r["extra_info"] for r in data["benchmarks"] if r["extra_info"]["name"] == "salesforce"
-    )
-    assert both["bytes"] == 3.5 * 2 * 4 * 64 * 64 * 4  # one pair, fp32: 2½ reads and the gradient
-    assert {"device", "versions", "copy_GB_per_s"} <= data["machine_info"].keys()
-    assert data["commit_info"]["id"]
-    assert "data" not in data["benchmarks"][0]["stats"]  # no raw times: a file to commit
 
 
 def test_the_table_of_reading_speed():
@@ -291,41 +256,3 @@ def test_every_committed_step_has_its_picture():
     results = ROOT / "benchmarks" / "results"
     steps = sorted(results.glob("train-step-*.json"))
     assert steps and all(path.with_suffix(".png").is_file() for path in steps)
-
-
-STUB = """#!/bin/sh
-echo "$*" >>"$CALLED"
-case "$*" in *device_count*) echo "$GPUS" ;; *"$BREAK"*) exit 3 ;; esac
-"""
-
-
-@pytest.mark.parametrize(
-    "given, code, said",
-    [
-        ({"GPUS": "1"}, 0, "scaling: skipped, it wants two GPUs"),
-        ({"GPUS": "8", "BREAK": "bench_train_step.py sdxl"}, 1, "failed (3): train-step-sdxl"),
-        ({"GPUS": "1", "MINUTES": "0"}, 1, "skipped, no time left: train-step-sd15"),
-    ],
-)
-def test_what_a_gpu_machine_runs_and_says(tmp_path, given, code, said):
-    """Its parts in their budgets, python and the GPU's tools replaced by one that writes down what is
-    asked of it."""
-    (tmp_path / "bin").mkdir()
-    for name in ("python3", "nvidia-smi"):
-        (tmp_path / "bin" / name).write_text(STUB)
-        (tmp_path / "bin" / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLED": str(tmp_path / "called")}
-    env |= {"BREAK": "nothing of the kind", **given}
-    command = ["bash", str(ROOT / "benchmarks/run_gpu.sh"), str(tmp_path / "out")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code and said in done.stdout, done.stdout + done.stderr
-    called = (tmp_path / "called").read_text()
-    left = (tmp_path / "out/not-done.txt").read_text()
-    if "MINUTES" in given:
-        assert "bench_train_step" not in called and left.count("skipped") == 11
-        return
-    for case in ("sd15", "sdxl", "embedded", "sd15 --compile regional", "sd15 --compile whole"):
-        assert f"benchmarks/bench_train_step.py {case} " in called
-    assert ("benchmarks/scaling.py sd15" in called) == (given["GPUS"] == "8")
-    assert called.count(" tests/test_") == len(list((ROOT / "tests").glob("test_*.py"))) + 1
-    assert bool(left) == bool(code)
