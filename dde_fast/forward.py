@@ -30,7 +30,7 @@ class PairForward:
         self.engine, self.reference, self.loss_fn = engine, reference, loss_fn
         self.noising = Noising(
             inputs.alphas_cumprod.to(device),
-            inputs.timesteps.to(device),
+            inputs.timesteps,
             loss_fn.prediction_type,
             seed=c.seed,
             dtype=e.dtype,

@@ -3,7 +3,9 @@
 Position p of the endless stream is a pair of epoch p // n; the order of an epoch is a function of
 (seed, epoch, shuffle_block) alone. What a pair sees in an epoch (its sample of the VAE's posterior,
 its caption or none) comes from its own random stream, whoever asks: it is the pair's draw of the
-epoch's number, or, with reference scores of K draws, of the epoch's number modulo K.
+epoch's number, or, with reference scores of K draws, of the epoch's number modulo K. Orders and
+dropped captions are drawn on the CPU, by the thread that reads, for they decide what is read; the
+sample, like timesteps and noise in `dde_fast.noising`, on the device of the batch.
 """
 
 from __future__ import annotations

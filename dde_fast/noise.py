@@ -77,6 +77,12 @@ def pair_uniform(
     return ops.pair_uniform(ids, draws, choice, seed, backends.resolve_backend(backend, ids.device))
 
 
+def running_sums(probabilities: Tensor) -> Tensor:  # [T]
+    """Of a distribution, float64 [T] on the CPU: added there, they are the same for every device
+    and run, which a CUDA cumsum's are not."""
+    return probabilities.cpu().double().cumsum(0)
+
+
 def sample_timesteps(
     probabilities: Tensor,  # [T]
     *,
@@ -85,6 +91,7 @@ def sample_timesteps(
     draw: int | Tensor,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    summed: bool = False,
 ) -> Tensor:
     """One timestep per pair from a discrete distribution, by inversion of its cumulative sum.
 
@@ -92,6 +99,7 @@ def sample_timesteps(
         probabilities: [T], non-negative; normalised here. A timestep of probability 0 is never
             drawn. Keep it on the device where it is used: it is moved there otherwise.
         seed, pair_ids, draw, device, backend: as in `pair_noise`.
+        summed: whether these are their `running_sums` already; else each call adds them up.
 
     Returns:
         int64 [B] with values in [0, T).
@@ -101,7 +109,8 @@ def sample_timesteps(
     u = pair_uniform(
         TIMESTEP, seed=seed, pair_ids=pair_ids, draw=draw, device=device, backend=backend
     )
-    cumulative = probabilities.to(device=u.device, dtype=torch.float64).cumsum(0)
+    cumulative = probabilities.to(device=u.device, dtype=torch.float64)
+    cumulative = cumulative if summed else cumulative.cumsum(0)
     # left: the smallest t with cumulative[t] >= u·total, which always has positive probability
     return torch.searchsorted(cumulative, u.double() * cumulative[-1], right=False)
 

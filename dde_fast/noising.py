@@ -31,7 +31,7 @@ class Noising:
 
     Args:
         alphas_cumprod: [T], on the device of the batches.
-        timesteps: float64 [T], the distribution that they are drawn from.
+        timesteps: float64 [T], the distribution that they are drawn from, on any device but meta.
         prediction_type: of the models.
         seed: of timesteps and noise.
         dtype: of the models' inputs.
@@ -48,14 +48,15 @@ class Noising:
         dtype: torch.dtype,
         backend: str = "auto",
     ):
-        self.alphas_cumprod, self.timesteps = alphas_cumprod, timesteps
+        self.alphas_cumprod = alphas_cumprod
+        self.timesteps = noise.running_sums(timesteps).to(alphas_cumprod.device)
         self.prediction_type, self.dtype = prediction_type, dtype
         self.key = {"seed": seed, "backend": backend}
 
     def __call__(self, batch: Batch) -> Noised:
         # One timestep and one noise for both images of a pair
         key = {**self.key, "pair_ids": batch.pair_ids, "draw": batch.draws}
-        timesteps = noise.sample_timesteps(self.timesteps, **key)
+        timesteps = noise.sample_timesteps(self.timesteps, summed=True, **key)
         noisy, eps = noise.add_noise(batch.latents, timesteps, self.alphas_cumprod, **key)
         captions = torch.cat([batch.captions, batch.captions])
         embeddings = batch.embeddings.to(self.dtype).index_select(0, captions)

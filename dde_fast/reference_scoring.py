@@ -106,7 +106,7 @@ def run(c: ScoreConfig, device: torch.device, part: int = 0, parts: int = 1) -> 
     )
     noising = Noising(
         alphas_cumprod.to(device),
-        probabilities.to(device),
+        probabilities,
         prediction_type,
         seed=c.seed,
         dtype=dtype,

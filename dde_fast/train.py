@@ -114,7 +114,8 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     if device.type == "cuda":  # what encoding took is not training's
         torch.cuda.reset_peak_memory_stats()
 
-    # The loop: the host waits for the device where it logs or saves and, once a step, where ZeRO does
+    # The loop: the host waits for the device where it logs or saves, and where ZeRO does: in every
+    # optimizer step, and with stage 3, `overlap_comm` or offloading in micro-batches as well
     while done < c.steps and not (stopped or diverged):
         learning_rate = forward.engine.get_lr()[0]
         stopped = not take_step(forward, e, batches, meter, skips, stop)

@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dde_fast import backends, noise, ops
+from dde_fast.loader import Batch
 from dde_fast.noise import add_noise, pair_noise, pair_uniform, sample_timesteps
+from dde_fast.noising import Noising
 from dde_fast.reference import philox4x32
 
 IDS = torch.tensor([3, 2**33 + 5, 0, 7])
@@ -129,6 +132,51 @@ def test_pairs_draws_and_seeds_are_independent(backend):
         a, b = x[:, distance:], x[:, :-distance]
         assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
         assert abs(((a**2 - 1) * (b**2 - 1)).mean()) < 4 * 2 / math.sqrt(a.numel())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "discounted", "restricted"])
+def test_sums_made_once_give_the_same_timesteps(kind):
+    probabilities = {
+        "uniform": torch.full((1000,), 1e-3, dtype=torch.float64),
+        "discounted": 0.98 ** torch.arange(999, -1, -1, dtype=torch.float64),
+        "restricted": (torch.arange(1000) < 800).float(),
+    }[kind]
+    ids = torch.arange(40000, device=DEVICE)
+    key = {"seed": 3, "pair_ids": ids, "draw": ids % 7}
+    sums = noise.running_sums(probabilities)
+    assert sums.dtype == torch.float64 and sums.device.type == "cpu"
+    found = sample_timesteps(sums.to(DEVICE), summed=True, **key)
+    assert found.cpu().equal(sample_timesteps(probabilities, **key, device="cpu"))
+
+
+class Functions(TorchDispatchMode):
+    """Names of the torch functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_training_sums_no_distribution_up_in_a_step():
+    probabilities, alphas = torch.ones(10, dtype=torch.float64), torch.rand(10, device=DEVICE)
+    noising = Noising(alphas, probabilities, "epsilon", seed=3, dtype=torch.float32)
+    ids = torch.arange(4, device=DEVICE)
+    batch = Batch(
+        latents=torch.randn(8, 4, 2, 2, device=DEVICE),
+        embeddings=torch.randn(1, 3, 5, device=DEVICE),
+        captions=torch.zeros_like(ids),
+        pair_ids=ids,
+        draws=ids % 2,
+    )
+    with Functions() as called:
+        noised = noising(batch)
+    assert "searchsorted" in called.names and "cumsum" not in called.names
+    expected = sample_timesteps(probabilities, seed=3, pair_ids=ids.cpu(), draw=ids.cpu() % 2)
+    assert noised.timesteps.cpu().equal(expected)
 
 
 def test_timesteps_follow_their_distribution():

@@ -15,11 +15,17 @@ from dde_fast import config, models, noise, prepare
 from dde_fast.cache import Cache
 from dde_fast.deepspeed_config import read_engine_config
 from dde_fast.inputs import read_inputs
+from dde_fast.objectives import OBJECTIVES
 from dde_fast.reference_scores import ReferenceScores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEEN = ["--timestep_high", "800", "--caption_dropout", "0.3"]
 """What decides what a pair sees, as in `Folder.args`."""
+OTHERS = [
+    name
+    for name, row in OBJECTIVES.items()
+    if name != "dde" and row.needs_reference and not row.online
+]
 
 
 def flags(folder: Folder, *more: object) -> list[str]:
@@ -61,10 +67,16 @@ def folder(tmp_path_factory):
     jobs += [{"args": folder.args("read", **scored), "no_reference": True, "count_syncs": syncs}]
     jobs += [{"args": folder.args("watched", **scored, **held_out)}]
     jobs += [{"args": folder.args("one_draw", **scored | {"reference_scores": 1})}]
-    for objective in ("diffusion-dpo", "dde-step"):
+    own = folder.path / "discounted/cache"  # whose timesteps want scores of their own
+    shutil.copytree(scored["pairs"], own)
+    more = ["--model", str(folder.model), "--output", str(own), "--reference_scores", "1"]
+    prepare.main([*more, "--objective", "discounted", *SEEN])
+    for objective in OTHERS:
         both = {"objective": objective, "steps": 2}
-        jobs += [{"args": folder.args(f"run-{objective}", pairs=scored["pairs"], **both)}]
-        jobs += [{"args": folder.args(f"read-{objective}", **scored, **both)}]
+        both["pairs"] = own if objective == "discounted" else scored["pairs"]
+        jobs += [{"args": folder.args(f"run-{objective}", **both)}]
+        args = folder.args(f"read-{objective}", reference_scores=1, **both)
+        jobs += [{"args": args, "no_reference": True}]
     begun = folder.args("resumed", **scored | {"steps": 4})
     jobs += [{"args": begun}, {"args": folder.args("resumed", **scored, resume="latest")}]
     lora = {"lora_rank": 2, "steps": 2}
@@ -129,7 +141,7 @@ def test_training_on_them_is_training_with_the_reference(folder):
     assert (folder.losses("read") - folder.losses("run")).abs().max() < 1e-6
     assert folder.distance("read", "run") < 5e-4
     torch.testing.assert_close(folder.ratios("read"), folder.ratios("run"), rtol=1e-4, atol=1e-10)
-    for objective in ("diffusion-dpo", "dde-step"):
+    for objective in OTHERS:
         a, b = (folder.losses(f"{kind}-{objective}") for kind in ("read", "run"))
         assert (a - b).abs().max() < 1e-6
     assert (folder.losses("read-lora") - folder.losses("run-lora")).abs().max() < 1e-6

@@ -7,13 +7,15 @@ is no CPU, where alone the loss looks at timesteps. On a GPU PyTorch itself is t
 
 import contextlib
 import json
+import warnings
 from types import SimpleNamespace
 
 import caches
 import pytest
 import tiny
 import torch
-from train_runs import STEPS, Folder, stage
+import train_worker
+from train_runs import BF16, HALF, STEPS, Folder, stage
 
 from dde_fast import models, train
 from dde_fast.cache import Cache
@@ -148,4 +150,65 @@ def test_on_a_gpu_the_trainers_steps_wait_for_nothing(tmp_path, objective):
     folder = Folder(tmp_path)
     args = folder.args("run", ds=stage(0), objective=objective, beta=100.0)
     folder.work([{"args": args, "no_waiting": str(tmp_path / "steps.json")}], 1, "run")
-    assert json.loads((tmp_path / "steps.json").read_text()) == STEPS - 2
+    assert json.loads((tmp_path / "steps.json").read_text()) == [0] * (STEPS - 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_bf16_at_stage_1_waits_in_the_optimizer_step_alone(tmp_path):
+    """Neither in a micro-batch nor where gradients are reduced."""
+    folder = Folder(tmp_path)
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}, "gradient_accumulation_steps": 2}
+    args = folder.args("run", ds=stage(1, **BF16, **HALF, **sums), beta=100.0)
+    job = {"args": args, "no_waiting": str(tmp_path / "waits.json"), "but_in_optimizer": True}
+    folder.work([job], 1, "run")
+    counts = json.loads((tmp_path / "waits.json").read_text())
+    assert len(counts) == STEPS - 2
+    assert all(0 < count < 10 for count in counts)  # a few, and not one per tensor
+
+
+WAIT = "called a synchronizing CUDA operation"
+
+
+@pytest.mark.parametrize(
+    ("in_optimizer", "at", "refused"),
+    [
+        (False, None, False),
+        (True, None, False),
+        (True, "optimizer", False),
+        (False, "optimizer", True),
+        (True, "micro-batch", True),
+        (True, "synchronize", True),
+    ],
+)
+def test_the_watch_of_these_two(tmp_path, monkeypatch, in_optimizer, at, refused):
+    """Four steps on a GPU that is not there: what is allowed in each place."""
+    modes = ["default"]
+
+    def wait() -> None:
+        if modes[-1] == "error":
+            raise RuntimeError(WAIT)
+        if modes[-1] == "warn":
+            warnings.warn(WAIT, stacklevel=1)
+
+    def take_step(number: int) -> None:
+        if at == "micro-batch":
+            wait()
+        if at == "synchronize":
+            torch.cuda.synchronize()
+        train.step_optimizer(None)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(train, "take_step", take_step)
+    monkeypatch.setattr(train, "step_optimizer", lambda _: wait() if at == "optimizer" else None)
+    monkeypatch.setattr(train, "main", lambda _: [train.take_step(n) for n in range(4)])
+    path = tmp_path / "waits.json"
+    if refused:
+        with pytest.raises(RuntimeError, match="wait|synchronizing"):
+            train_worker.without_waiting([], path, in_optimizer)
+        assert not path.exists()
+    else:
+        train_worker.without_waiting([], path, in_optimizer)
+        assert json.loads(path.read_text()) == [int(at == "optimizer")] * 2
+    assert modes[-1] == "default"

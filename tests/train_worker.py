@@ -6,7 +6,7 @@ Each job has `args` for `dde_fast.train.main` and optionally: `plain`, to train 
 instead ("online": TailorPO); `stop`, [rank, step] at which that rank gets a SIGTERM; `tear`, a file
 to cut in half first; `no_reference`, to fail where a reference model is loaded; `count_syncs`, a
 file for the steps at which the host waited for the device; `no_waiting`, to fail on a GPU where it
-does, and a file for the number of steps; `backend`, of torch.compile in place of its default; `steady`,
+does, and a file for what it counts, with `but_in_optimizer` allowing it there; `backend`, of torch.compile in place of its default; `steady`,
 to fail where something is compiled after the first optimizer step; `exit`, the code that it must end
 with; or a fault of `faults.FAULTS` with its arguments.
 """
@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -150,23 +151,50 @@ def count_syncs(args: list[str], path: Path) -> None:
     path.write_text(json.dumps({"control": control, "steps": counts}))
 
 
-def without_waiting(args: list[str], path: Path) -> None:
+@contextlib.contextmanager
+def waits(mode: str):
+    """On a GPU the host's waits for it are errors ("error") or warnings ("warn")."""
+
+    def synchronize(*_):  # which PyTorch's own mode does not see
+        if mode == "error":
+            raise RuntimeError("torch.cuda.synchronize: the host waits for the device")
+        warnings.warn("torch.cuda.synchronize: a synchronizing operation", stacklevel=2)
+
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        with patch.object(torch.cuda, "synchronize", synchronize):
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def without_waiting(args: list[str], path: Path, in_optimizer: bool) -> None:
     """Train on a GPU, every step but the first two under the condition that the host waits for
-    nothing; writes the number of those steps."""
-    take_step, steps = train.take_step, 0
+    nothing, or nowhere but in `step_optimizer`; writes how often it waited there in each step."""
+    take_step, step_optimizer, counts, steps = train.take_step, train.step_optimizer, [], 0
 
     def watched(*args):
         nonlocal steps
         steps += 1
-        torch.cuda.set_sync_debug_mode("error" if steps > 2 else "default")
-        try:
+        if steps <= 2:
             return take_step(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        counts.append(0)
+        with waits("error"):
+            return take_step(*args)
 
-    with patch.object(train, "take_step", watched):
+    def allowed(engine):
+        if not (in_optimizer and counts):
+            return step_optimizer(engine)
+        with warnings.catch_warnings(record=True) as seen, waits("warn"):
+            warnings.simplefilter("always")
+            norm = step_optimizer(engine)
+        counts[-1] = sum("synchronizing" in str(one.message) for one in seen)
+        return norm
+
+    with patch.multiple(train, take_step=watched, step_optimizer=allowed):
         train.main(args)
-    path.write_text(json.dumps(steps - 2))
+    path.write_text(json.dumps(counts))
 
 
 def stop_at(rank: int, step: int, args: list[str]) -> None:
@@ -240,7 +268,7 @@ def run(job: dict) -> None:
     elif "stop" in job:
         stop_at(*job["stop"], job["args"])
     elif "no_waiting" in job:
-        without_waiting(job["args"], Path(job["no_waiting"]))
+        without_waiting(job["args"], Path(job["no_waiting"]), job.get("but_in_optimizer", False))
     elif "count_syncs" in job:
         count_syncs(job["args"], Path(job["count_syncs"]))
     else:
