@@ -73,7 +73,23 @@ def _find_backend(backend: str, device: torch.device) -> str:
 def implementation(backend: str, name: str) -> Callable:
     """The backend's own function of an op's name."""
     modules = [importlib.import_module(f"dde_fast.{module}") for module in BACKENDS[backend]]
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+    function = next(getattr(module, name) for module in modules if hasattr(module, name))
+    return _on_their_device(function) if backend == "triton" else function
+
+
+def _on_their_device(function: Callable) -> Callable:
+    """The function with the current device that of its tensors: Triton launches on the current one,
+    whosever the memory is."""
+
+    @functools.wraps(function)
+    def call(*args):
+        tensor = next(x for x in args if isinstance(x, Tensor))
+        if tensor.is_cpu:  # the interpreter's
+            return function(*args)
+        with torch.get_device_module(tensor.device).device(tensor.device):
+            return function(*args)
+
+    return call
 
 
 def _in_plain_eager(tensor: Tensor) -> bool:

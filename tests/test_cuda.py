@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_cuda_on_cpu import BF16, F16, F32, F64, arguments, check, same_bits
 
-from dde_fast import compiled
+from dde_fast import compiled, ops
 
 REASON = compiled.why_not("cuda")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -86,3 +86,20 @@ def test_graph_launches_again():
         given[0].copy_(others[0] * (i + 1))
         graph.replay()
         assert same_bits(out, with_gradient(given))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_tensors_of_another_device_than_the_current_one(backend):
+    """Loss, gradient and noise of cuda:1 while cuda:0 is current: the numbers of cuda:0."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments(BF16)]
+        policy = args[0].requires_grad_()
+        out = ops.preference_loss(policy, *args[1:], backend)
+        out[0].backward()
+        ids = torch.arange(3, device=device)
+        noise = ops.pair_noise(ids, ids, [4, 8, 8], 0, backend)
+        assert torch.cuda.current_device() == 0
+        results.append([x.detach().cpu() for x in (*out, policy.grad, noise)])
+    assert same_bits(*results)

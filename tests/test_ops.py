@@ -5,7 +5,7 @@ import torch
 from conftest import BACKENDS, DEVICE
 from longhand import scaled_linear
 
-from dde_fast import PreferenceLoss, backends, ops, reference
+from dde_fast import PreferenceLoss, ops, reference
 from dde_fast.reference import LINKS
 
 FAST = [b for b in BACKENDS if b != "reference"]
@@ -297,26 +297,6 @@ def test_invalid_timesteps_make_nan_where_the_host_may_not_look():
             args = arguments(timesteps=torch.tensor(timesteps))
             _, logits, *_ = module.preference_loss(*args[:-1])
             assert logits.isnan().nonzero().flatten().tolist() == [bad]
-
-
-def test_backends_resolve(monkeypatch):
-    cpu = torch.device("cpu")
-    there = backends.why_not("cpp", cpu) is None
-    assert backends.resolve_backend("auto", cpu) == ("cpp" if there else "reference")
-    assert backends.resolve_backend("auto", torch.device("meta")) == "reference"
-    for absent, expected in (
-        ((), "triton"),
-        (("triton",), "cpp"),
-        (("triton", "cpp"), "reference"),
-    ):
-        monkeypatch.setattr(
-            backends, "why_not", lambda name, _, absent=absent: name in absent or None
-        )
-        monkeypatch.setattr(backends, "_serving", {})
-        assert backends.resolve_backend("auto", torch.device("cuda")) == expected
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="backend: expected one of"):
-        backends.resolve_backend("opencl", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend", [b for b in ops.WITH_GRADIENT if b in BACKENDS])
