@@ -150,6 +150,10 @@ def complete(
         raise ValueError(
             f"deepspeed_config: zero_optimization.stage: expected 0 to 3, got {stage!r}"
         )
+    for key in ("bf16", "bfloat16"):
+        if stage == 1 and ds.get(key, {}).get("enabled"):
+            # else DeepSpeed keeps the bf16 gradients beside their float32 sums until the step
+            ds[key].setdefault("immediate_grad_update", True)
     return EngineConfig(ds, micro_batch, accumulation, batch, stage, _dtype(ds, stage, here))
 
 

@@ -20,7 +20,7 @@ class State:
 
 
 STATES = {
-    (2, 1): State(whole=2 + 2 + 4, shared=0, master=4),
+    (2, 1): State(whole=2 + 4, shared=0, master=4),
     (2, 2): State(whole=2, shared=4, master=4),
     (2, 3): State(whole=0, shared=2 + 2 + 4, master=4),
     (4, 0): State(whole=4 + 4, shared=0, master=0),
@@ -29,7 +29,8 @@ STATES = {
     (4, 3): State(whole=0, shared=4 + 4, master=0),
 }
 """Width of the compute dtype, ZeRO stage -> weight, gradient, gradient summed in float32. With 16
-bits the gradient is gone at stage 2 when the optimizer steps; sums are as in configs/."""
+bits the gradient is gone when the optimizer steps at stage 2, and at stage 1 as soon as it is made,
+where it is `summed_at_once`; sums are as in configs/."""
 
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "lion8bit": 1, "adafactor": 0}
 """Optimizer -> bytes of its moments per trained parameter. The JSON's own counts as AdamW."""
@@ -53,6 +54,7 @@ def bytes_per_gpu(
     moments: int = 8,
     ema: bool = False,
     offload: bool = False,
+    at_once: bool = True,
 ) -> int:
     """Weights, gradients, optimizer and reference; no activations.
 
@@ -66,10 +68,12 @@ def bytes_per_gpu(
         moments: bytes of the optimizer's per trained parameter.
         ema: whether an average of the weights is kept, in float32.
         offload: whether what the optimizer steps lies in the host's memory.
+        at_once: `summed_at_once`; else 16-bit gradients stay beside their sums at stage 1.
     """
     state = STATES[width, stage]
+    beside = width if (width, stage) == (2, 1) and not at_once else 0
     stepped = 0 if offload else state.master + moments + 4 * ema
-    each = state.whole + (state.shared + stepped) / (ranks if stage else 1)
+    each = state.whole + beside + (state.shared + stepped) / (ranks if stage else 1)
     return round(width * frozen / (ranks if stage == 3 else 1) + each * trained + width * reference)
 
 
@@ -103,6 +107,12 @@ def sums_whole(stage: int, json: Mapping[str, Any]) -> bool:
     sums = json.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32", "float")
     offload = json.get("zero_optimization", {}).get("offload_optimizer") or {}
     return stage == 1 and bf16 and sums and offload.get("device") != "cpu"
+
+
+def summed_at_once(stage: int, json: Mapping[str, Any]) -> bool:
+    """Whether such a sum takes each bf16 gradient as soon as it is made, and frees it."""
+    on = any(json.get(key, {}).get("immediate_grad_update") for key in ("bf16", "bfloat16"))
+    return on and sums_whole(stage, json)
 
 
 def buffer_bytes(parameters: int, stage: int, json: Mapping[str, Any], *, width: int = 2) -> int:

@@ -38,7 +38,7 @@ from dde_fast.compilation import check_compile_settings
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json, read_sizes
 from dde_fast.flops import peak_of
-from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes
+from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes, summed_at_once
 from dde_fast.objectives import get_objective
 from dde_fast.optimizers import OPTIMIZERS, check_optimizer
 
@@ -91,8 +91,8 @@ class Model:
         """
         zero = e.json.get("zero_optimization", {})
         width = torch.finfo(e.dtype).bits // 8
-        shared = self.reference // (e.ranks if c.shard_reference else 1)
-        kept = {"ranks": e.ranks, "stage": e.stage, "width": width}
+        at_once = summed_at_once(e.stage, e.json)
+        kept = {"ranks": e.ranks, "stage": e.stage, "width": width, "at_once": at_once}
         offload = zero.get("offload_optimizer", {}).get("device", "none") != "none"
         kept |= {"moments": MOMENTS.get(c.optimizer, MOMENTS["adamw"]), "offload": offload}
         state = bytes_per_gpu(self.frozen, self.trained, **kept)
@@ -103,7 +103,7 @@ class Model:
         return {
             "weights, gradients, optimizer": state,
             "average of the weights": ema,
-            "reference": width * shared,
+            "reference": width * (self.reference // (e.ranks if c.shard_reference else 1)),
             "activations": activations,
             "more in the optimizer step": max(0, step - activations),
             "DeepSpeed's buffers": min(buffers, width * self.trained) if host else buffers,

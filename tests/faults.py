@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dde_fast import checkpoint
+from dde_fast import checkpoint, train
 from dde_fast.forward import PairForward
 from dde_fast.judges import Colourfulness
 from dde_fast.loader import Loader
@@ -98,6 +98,18 @@ def spoil(first: int):
     return instead(Colourfulness, "each", spoiled)
 
 
+def gradients(kept: bool):
+    """No fault: whether the parameters still have theirs when the optimizer steps is looked at."""
+    step = train.step_optimizer
+
+    def looking(engine):
+        weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
+        assert {weight.grad is not None for weight in weights} == {kept}
+        return step(engine)
+
+    return instead(train, "step_optimizer", looking)
+
+
 @contextlib.contextmanager
 def tamper(path: str, change):
     """A checkpoint's model file is changed, and the marker with it."""
@@ -137,6 +149,7 @@ FAULTS = {
     "poison": poison,
     "spoil": spoil,
     "full": full,
+    "gradients": gradients,
     "interrupt": interrupt,
     "unplug": unplug,
 }

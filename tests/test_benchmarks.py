@@ -99,7 +99,7 @@ def test_the_memory_table_is_counted_from_the_published_unets(monkeypatch):
         assert memory_table.parameters(name) == count
     # by hand: 3 frozen and 8 trained parameters on 4 GPUs, 5 of a reference
     counted = [memory_table.bytes_per_gpu(3, 8, 4, stage, reference=5) for stage in (1, 2, 3)]
-    assert counted == [6 + 8 * 8 + 24 + 10, 6 + 16 + 32 + 10, round(1.5 + 40 + 10)]
+    assert counted == [6 + 6 * 8 + 24 + 10, 6 + 16 + 32 + 10, round(1.5 + 40 + 10)]
     page = memory_table.PAGE.read_text(encoding="utf-8")
     assert page == memory_table.render(page)
     assert "✗" in page and "| 64 × 80 GB |" in page

@@ -199,6 +199,19 @@ def test_precision(tmp_path):
         engine(tmp_path, bf16=on, fp16=on, **zero1)
 
 
+@pytest.mark.parametrize("key", ["bf16", "bfloat16"])
+def test_bf16_gradients_are_summed_at_once_at_stage_1_unless_told_otherwise(tmp_path, key):
+    def section(stage: int, **more) -> dict:
+        zero = {"zero_optimization": {"stage": stage}}
+        return engine(tmp_path, **{key: {"enabled": True} | more}, **zero).json[key]
+
+    assert section(1) == {"enabled": True, "immediate_grad_update": True}
+    assert section(1, immediate_grad_update=False)["immediate_grad_update"] is False
+    assert section(2) == {"enabled": True}
+    off = engine(tmp_path, **{key: {"enabled": False}}, zero_optimization={"stage": 1})
+    assert off.json[key] == {"enabled": False}
+
+
 def test_clipping_is_always_written_and_nothing_waits_per_step(tmp_path):
     assert engine(tmp_path, base={"train_batch_size": 4}).json["gradient_clipping"] == 1.0
     assert engine(tmp_path, gradient_clipping=0.5).json["gradient_clipping"] == 0.5

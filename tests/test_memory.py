@@ -9,16 +9,25 @@ from deepspeed.runtime import engine
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dde_fast.memory import MOMENTS, REDUCED, buffer_bytes, bytes_per_gpu, step_bytes
+from dde_fast.memory import (
+    MOMENTS,
+    REDUCED,
+    STATES,
+    buffer_bytes,
+    bytes_per_gpu,
+    step_bytes,
+    summed_at_once,
+)
 from dde_fast.optimizers import OPTIMIZERS
 
 FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+AT_ONCE = FP32_SUMS | {"bf16": {"enabled": True, "immediate_grad_update": True}}
 
 
 @pytest.mark.parametrize(
     ("stage", "width", "expected"),
     [
-        (1, 2, 2 * 3 + (2 + 2 + 4) * 8 + 12 * 8 // 4),
+        (1, 2, 2 * 3 + (2 + 4) * 8 + 12 * 8 // 4),
         (2, 2, 2 * 3 + 2 * 8 + (4 + 12) * 8 // 4),
         (3, 2, (2 * 3 + (2 + 2 + 4 + 12) * 8) / 4),
         (0, 4, 4 * 3 + (4 + 4 + 8) * 8),
@@ -31,6 +40,28 @@ def test_every_stage_by_hand(stage, width, expected):
     """3 frozen and 8 trained parameters on 4 GPUs."""
     assert bytes_per_gpu(3, 8, 4, stage, width=width) == round(expected)
     assert bytes_per_gpu(3, 8, 4, stage, 5, width=width) == round(expected + width * 5)
+
+
+@pytest.mark.parametrize(("width", "stage"), STATES)
+def test_gradients_stay_beside_their_sums_only_at_stage_1(width, stage):
+    more = 2 * 8 if (width, stage) == (2, 1) else 0
+    least = bytes_per_gpu(3, 8, 4, stage, width=width)
+    assert bytes_per_gpu(3, 8, 4, stage, width=width, at_once=False) == least + more
+
+
+@pytest.mark.parametrize(
+    ("stage", "json", "expected"),
+    [
+        (1, AT_ONCE, True),
+        (1, FP32_SUMS, False),
+        (2, AT_ONCE, False),
+        (1, {"bf16": AT_ONCE["bf16"]}, False),
+        (1, AT_ONCE | {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, False),
+    ],
+)
+def test_which_gradients_are_summed_at_once(stage, json, expected):
+    """Those of DeepSpeed's optimizer for bf16 with float32 sums, where it is told to."""
+    assert summed_at_once(stage, json) is expected
 
 
 @pytest.mark.parametrize("stage", range(4))
