@@ -66,7 +66,7 @@ class Case:
     """Whether ours needs gradient checkpointing too."""
     rounds: int = 20
     attention: str = "sdpa"
-    """Of our variants, by `TrainConfig`'s name; the published structure keeps diffusers' own."""
+    """Of the trainer, by its name for it; what comes before it keeps diffusers' own."""
     compile: str = ""
     """Of our last two variants."""
 
@@ -145,13 +145,16 @@ def make_variants(
         return train.stream(c, e, inputs.data, scores, 0, device)
 
     # The published structure's policy. PyTorch's AdamW as it comes counts its steps on the host, the
-    # fused one on the device: on a GPU they cannot share.
-    shared = e.dtype == torch.float32 and device.type == "cpu"
+    # fused one on the device: on a GPU they cannot share. Nor can UNets of two kinds of attention.
+    alike = c.attention == Case.attention
+    shared = e.dtype == torch.float32 and device.type == "cpu" and alike
     unet = engine.module if shared else models.load_unet(c.model).to(device).train()
     optimizer = torch.optim.AdamW(unet.parameters(), c.learning_rate, weight_decay=c.weight_decay)
     if shared:
         optimizer.state = engine.optimizer.state
     policy = Policy(unet, optimizer, None if e.dtype == torch.float32 else e.dtype)
+    if not alike:
+        reference = models.load_reference(inputs.model, e.dtype, device)
     published = PublishedStep(
         policy,
         reference,
@@ -180,7 +183,8 @@ def make_variants(
     first = {"unet": unet, "optimizer": optimizer, "checkpointing": True}
     old = first | {"checkpointing": c.gradient_checkpointing}
     new = old | {"unet": engine.module, "optimizer": engine.optimizer}
-    trainer = "" if e.dtype == torch.float32 else f"bf16 weights, ZeRO-{e.stage}, "
+    trainer = "" if alike else f"{c.attention} attention, "
+    trainer += "" if e.dtype == torch.float32 else f"bf16 weights, ZeRO-{e.stage}, "
     variants = [
         Variant("published structure", partial(published, encoding), encoding, **first, encoders=True),
         Variant("pairs encoded before", partial(published, Encoded(loaders[0])), loaders[0], **first),
@@ -290,12 +294,10 @@ def choose(args: argparse.Namespace) -> Case:
     case = CASES[args.case]
     if args.small:
         case = replace(case, latent=8, pairs=2, accumulation=2)
-    case = replace(case, compile=args.compile, attention=args.attention)
-    if args.pairs:
-        case = replace(case, pairs=args.pairs)
-    if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= ENOUGH:
+    elif torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= ENOUGH:
         case = replace(case, checkpointing=False)
-    return case
+    pairs = args.pairs or case.pairs
+    return replace(case, pairs=pairs, compile=args.compile, attention=args.attention)
 
 
 def parse(args: list[str] | None = None) -> argparse.Namespace:
@@ -306,7 +308,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="in which each step is taken once")
     parser.add_argument("--small", action="store_true", help="tiny models, for a test")
     parser.add_argument("--compile", default="", help="add torch.compile, regional or whole")
-    parser.add_argument("--attention", default="sdpa", choices=ATTENTION, help="of our variants")
+    parser.add_argument("--attention", default="sdpa", choices=ATTENTION, help="of the trainer")
     parser.add_argument("--pairs", type=int, help="of a micro-batch")
     return parser.parse_args(args)
 
