@@ -42,17 +42,22 @@ class Inputs:
 
 
 class Pictures(Dataset):
-    """Rows in Pick-a-Pic's columns: pixels [2, 3, H, W] in [-1, 1], winner first, and tokens."""
+    """Rows in Pick-a-Pic's columns, over and over: pixels [2, 3, H, W] in [-1, 1], winner first, and
+    tokens.
+
+    Its epoch is as long as that of a real set: a DataLoader prefetches nothing across its end."""
+
+    EPOCH = 10**6
 
     def __init__(self, parquet: Path, size: int, tokenizers: list):
         self.rows, self.size = pq.read_table(parquet).to_pylist(), size
         self.tokenizers = tokenizers
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.EPOCH
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
+        row = self.rows[index % len(self.rows)]
         names = ("jpg_0", "jpg_1") if row["label_0"] else ("jpg_1", "jpg_0")
         tokens = {
             f"tokens_{i}": tokenizer(
@@ -84,15 +89,18 @@ class Encoding:
         self.encoders, self.size, self.waited = encoders, size, 0.0
         self.parts = [encoders.vae.to(dtype), *(e.to(dtype) for e in encoders.text_encoders)]
         cuda = encoders.device.type == "cuda"
+        workers = 8 if cuda else 1
         self.loader = DataLoader(
             Pictures(parquet, size, encoders.tokenizers),
             batch_size=pairs,
             shuffle=True,
             drop_last=True,
-            num_workers=8 if cuda else 1,
+            num_workers=workers,
             persistent_workers=True,
             pin_memory=cuda,
         )
+        self.ahead = workers * self.loader.prefetch_factor
+        """Micro-batches that may be ready."""
         self.batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ HEAD = (
     "pairs/s [middle half]",
     "× published",
     "share of arithmetic",
-    "step + frozen, GiB",
+    "step + state + frozen, GiB",
     "host reads",
     "waiting for data",
 )
@@ -31,13 +31,16 @@ HEAD = (
 READING = (
     "The steps took turns, round after round. Share of arithmetic: the counted operations of the UNets, "
     "those that gradient checkpointing repeats counted once, at the rate of a matrix product measured in "
-    "the same rounds. GiB: the most that a step allocates, and what is held frozen. Host reads: how often "
-    "a step waits for a number of the device."
+    "the same rounds. GiB: the most that a step allocates, what training keeps between steps (weights, "
+    "moments, buffers of gradients), and what is held frozen. Host reads: how often a step waits for a "
+    "number of the device. –: not measured."
 )
 
 NUMBERS = ("parameters", "pairs", "rounds", "matrix_TFLOPs")
 ROW = ("pairs_per_s", "times_published", "share_of_arithmetic", "step_GiB", "frozen_GiB")
-ROW += ("host_reads", "data_wait")
+ROW += ("host_reads",)
+OPTIONAL = ("state_GiB", "data_wait")
+"""Of a row: older files lack the first, those of a run that was cut off the second."""
 QUARTILES = ("lower_quartile", "median", "upper_quartile")
 
 
@@ -72,8 +75,9 @@ def read(path: Path) -> StepResult:
         machine, rows = result["machine"], result["rows"]
         numbers = [result[name] for name in NUMBERS] + [*result["latent"], machine["threads"]]
         numbers += [row[name] for row in rows for name in ROW]
+        numbers += [row[name] for row in rows for name in OPTIONAL if name in row]
         positive = [row["seconds"][name] for row in rows for name in QUARTILES]
-        positive += [row["pairs_per_s"] for row in rows]
+        positive += [row["pairs_per_s"] for row in rows] + [micro_batches(result)]
         texts = [result["model"], result["dtype"], machine["device"], machine["commit"]]
         texts += [*machine["versions"].values(), *(row["name"] for row in rows)]
         found = {"commit": machine["commit"], "versions": machine["versions"], **result}
@@ -97,9 +101,16 @@ def model_of(result: dict[str, Any]) -> str:
     return MODELS.get(result["model"], result["model"])
 
 
+def micro_batches(result: dict[str, Any]) -> int:
+    """Of a step; older files had one and do not say so."""
+    return result.get("micro_batches", 1)
+
+
 def batch_of(result: dict[str, Any]) -> str:
-    """Pairs of a step, counted."""
-    return f"{result['pairs']} pair{'s' * (result['pairs'] != 1)}"
+    """Pairs of a step, counted, and its micro-batches where it has several."""
+    micro = micro_batches(result)
+    pairs = result["pairs"] // micro
+    return f"{f'{micro} × ' if micro > 1 else ''}{pairs} pair{'s' * (pairs != 1)}"
 
 
 def subject(result: dict[str, Any]) -> str:
@@ -130,15 +141,16 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     for number, row in enumerate(result["rows"]):
         low, high = middle_half(result, row)
         launches = f", {row['launches']:,} launches" if "launches" in row else ""
+        state = f"{row['state_GiB']:.3g}" if "state_GiB" in row else "–"
         rows.append(
             [
                 f"{'+ ' * (number > 0)}{row['name']}",
                 f"{row['pairs_per_s']:.3g} [{low:.3g}, {high:.3g}]",
                 f"{row['times_published']:.2f}",
                 f"{100 * row['share_of_arithmetic']:.0f} %",
-                f"{row['step_GiB']:.3g} + {row['frozen_GiB']:.3g}",
+                f"{row['step_GiB']:.3g} + {state} + {row['frozen_GiB']:.3g}",
                 f"{row['host_reads']}{launches}",
-                f"{100 * row['data_wait']:.2g} %",
+                f"{100 * row['data_wait']:.2g} %" if "data_wait" in row else "–",
             ]
         )
     return rows

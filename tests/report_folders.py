@@ -136,6 +136,7 @@ def step_result(case: str = "embedded", commit: str = "c0ffee", **changes) -> di
                 "name": name,
                 "host_reads": 5 - number,
                 "step_GiB": 0.125 * (number + 1),
+                "state_GiB": 1.5,
                 "frozen_GiB": 0.0 if number == 3 else 0.25,
                 "seconds": {
                     "median": 16 / rate,

@@ -130,22 +130,32 @@ def test_the_whole_step_lever_by_lever(tmp_path, monkeypatch, case, kind):
     data = json.loads(path.read_text())
     rows, levers = data["rows"], ["published structure", "pairs encoded before"]
     levers += ["no gradient checkpointing"] * (case != "sdxl")
-    levers += ["fused noise and loss", "the trainer: fused AdamW"]
+    ours = "" if case != "sdxl" else "bf16 weights, ZeRO-1, "  # which come with it, in 16 bits
+    levers += ["fused noise and loss", f"the trainer: {ours}fused AdamW"]
     if kind:
         compiled = rows[len(levers)]
         levers.append(f"torch.compile, {kind} ({compiled['compile_seconds']:.0f} s to compile)")
         assert compiled["compile_seconds"] > 0
     levers.append("reference scores")
     assert [row["name"] for row in rows] == levers
-    # five for the published log; ours: on a CPU the loss's backward looks at its gradient
+    # two micro-batches: five each for the published log; ours: on a CPU the loss's backward looks at
+    # its gradient
     reads = [row["host_reads"] for row in rows]
-    published = levers.index("the trainer: fused AdamW") - 1
-    assert reads[:published] == [5] * published
+    published = levers.index("fused noise and loss")
+    assert (data["pairs"], data["micro_batches"], data["pairs_per_micro_batch"]) == (4, 2, 2)
+    if not torch.cuda.is_available():
+        assert reads[:published] == [10] * published
     if not torch.cuda.is_available() and data["dtype"] == "float32":
-        assert reads[-3:] == [1, 1, 1]
+        assert reads[-3:] == [2, 2, 2]
     assert rows[0]["frozen_GiB"] > rows[1]["frozen_GiB"] > rows[-1]["frozen_GiB"] == 0
     if case != "sdxl":
         assert rows[2]["step_GiB"] > rows[1]["step_GiB"]
+    # weights and two moments in float32; in 16 bits ours has weights twice, and gradients in float32
+    bytes_each = [2**30 * row["state_GiB"] / data["parameters"] for row in rows]
+    own = len(levers) if case != "sdxl" else levers.index("fused noise and loss") + 1
+    assert bytes_each[:own] == pytest.approx([12] * own, rel=0.01)
+    assert bytes_each[own:] == pytest.approx([18] * (len(levers) - own), rel=0.01)
+    assert data["rounds"] == 2
     rate = 1e12 * data["matrix_TFLOPs"]
     for row in rows:
         low, high = (row["seconds"][f"{end}_quartile"] for end in ("lower", "upper"))

@@ -14,10 +14,35 @@ def test_a_row_says_what_a_lever_made_of_the_step():
     rows = levers.cells(step_result())
     assert all(len(row) == len(levers.HEAD) for row in rows)
     published, scored = rows[0], rows[-1]
-    expected = ["published structure", "20 [16, 25]", "1.00", "20 %", "0.125 + 0.25", "5", "0 %"]
+    expected = [
+        "published structure",
+        "20 [16, 25]",
+        "1.00",
+        "20 %",
+        "0.125 + 1.5 + 0.25",
+        "5",
+        "0 %",
+    ]
     assert published == expected
-    expected = ["+ reference scores", "40 [32, 50]", "2.00", "40 %", "0.5 + 0", "2", "0.75 %"]
+    expected = ["+ reference scores", "40 [32, 50]", "2.00", "40 %", "0.5 + 1.5 + 0", "2", "0.75 %"]
     assert scored == expected
+
+
+def test_what_an_older_or_unfinished_file_lacks_is_a_dash(tmp_path):
+    """Files from before the state was counted, and those of a run that was cut off in its rounds."""
+    result = step_result()
+    for row in result["rows"]:
+        del row["state_GiB"], row["data_wait"]
+    (tmp_path / "step.json").write_text(json.dumps(result))
+    row = levers.cells(levers.read(tmp_path / "step.json").result)[0]
+    assert (row[4], row[6]) == ("0.125 + – + 0.25", "–")
+
+
+def test_micro_batches_are_told_where_a_step_has_several():
+    assert levers.batch_of(step_result()) == "16 pairs"
+    result = step_result(micro_batches=4, pairs_per_micro_batch=4)
+    assert levers.batch_of(result) == "4 × 4 pairs"
+    assert levers.middle_half(result, result["rows"][0]) == pytest.approx((16, 25))
 
 
 def test_launches_are_told_where_a_gpu_counted_them():
@@ -71,6 +96,9 @@ BROKEN = {
     "no seconds": lambda result: result["rows"][1]["seconds"].update(lower_quartile=0),
     "no rate": lambda result: result["rows"][1].update(pairs_per_s=0.0),
     "nan": lambda result: result["rows"][1].update(share_of_arithmetic=float("nan")),
+    "no micro-batch": lambda result: result.update(micro_batches=0),
+    "negative state": lambda result: result["rows"][1].update(state_GiB=-1.0),
+    "text for a wait": lambda result: result["rows"][1].update(data_wait="long"),
     "text": lambda result: result["rows"][1].update(step_GiB="much"),
     "number for a name": lambda result: result["rows"][1].update(name=1),
 }
