@@ -81,7 +81,22 @@ def _find_backend(backend: str, device: torch.device) -> str:
 def implementation(backend: str, name: str) -> Callable:
     """The backend's own function of an op's name."""
     modules = [importlib.import_module(f"dde_fast.{module}") for module in BACKENDS[backend]]
-    return next(getattr(module, name) for module in modules if hasattr(module, name))
+    found = next(getattr(module, name) for module in modules if hasattr(module, name))
+    return _on_its_device(found) if backend == "triton" else found
+
+
+def _on_its_device(launcher: Callable) -> Callable:
+    """Triton launches on the current device, whichever device its tensors are on."""
+
+    @functools.wraps(launcher)
+    def call(*args):
+        index = next(x for x in args if isinstance(x, Tensor)).device.index
+        if index is None:
+            return launcher(*args)
+        with torch.accelerator.device_index(index):
+            return launcher(*args)
+
+    return call
 
 
 def in_plain_eager(tensor: Tensor) -> bool:
