@@ -1,7 +1,5 @@
 """The ops: opcheck, gradcheck, compile, meta device, determinism, layouts, kernels against fp64."""
 
-import contextlib
-
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
@@ -299,16 +297,3 @@ def test_invalid_timesteps_make_nan_where_the_host_may_not_look():
             args = arguments(timesteps=torch.tensor(timesteps))
             _, logits, *_ = module.preference_loss(*args[:-1])
             assert logits.isnan().nonzero().flatten().tolist() == [bad]
-
-    @contextlib.contextmanager
-    def device_index(index):
-        current.append(index)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
-    launch = backends._on_its_device(lambda *args: launched.append(current[-1]))
-    with torch._subclasses.FakeTensorMode():
-        for device in ("cuda:1", "cuda:0", "cpu"):
-            launch(None, torch.empty(2, device=device), 0.5)
-    assert launched == [1, 0, 0] and current == [0]
