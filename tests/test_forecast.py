@@ -96,9 +96,9 @@ def sizes(folder, name: str, kind: str) -> int:
     [
         # weight, gradient, two moments; one rank reduces nothing, and the step copies nothing
         ("ema0", 4, 4 + 4 + 8, 4, 0),
-        # 16 bits: weight, gradient, its float32 sum, float32 weight, two moments; the sum cast whole
-        ("config_zero1", 2, 2 + 2 + 4 + 4 + 8, 4, 2),
-        # the 16-bit gradient is gone when the optimizer steps
+        # 16 bits: weight, gradient's float32 sum, float32 weight, two moments; the sum cast whole
+        ("config_zero1", 2, 2 + 4 + 4 + 8, 4, 2),
+        # here, too, the 16-bit gradient is gone when the optimizer steps
         ("config_zero2", 2, 2 + 4 + 4 + 8, 4, 0),
         ("config_zero3", 2, 2 + 2 + 4 + 4 + 8, 4, 4),
         # what the optimizer steps lies elsewhere
