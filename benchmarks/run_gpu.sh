@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What a GPU machine is for, in one command:
 #
-#     MINUTES=12 PARTS="build cuda kernels tests steps" benchmarks/run_gpu.sh OUT
+#     MINUTES=12 PARTS="build cuda kernels tests levers steps" benchmarks/run_gpu.sh OUT
 #
 # Uses the python3 on PATH with the packages it holds (nothing is downloaded). PARTS are done in that
-# order, all of them unless given, which takes half an hour; `steps` alone MINUTES=9. Each command has a budget,
-# and what earlier ones left of theirs; what is cut off, failed or skipped is said, and stands in
+# order, all of them unless given, which takes half an hour; `tests` alone MINUTES=10, `levers` 6, `steps` 9.
+# Each command has a budget, and what earlier ones left of theirs; what is cut off, failed or skipped is said, and stands in
 # OUT/not-done.txt. OUT gets kernels-*.json, unet-levers-*.json, train-step-*.json (scaling-sd15.json
 # where there are several GPUs), and logs.tar.gz: these again and a log of everything. Each call its own.
 # DDE_FAST_COMMIT names the commit of a tree without .git. Exit status: 0 if all of it ran and passed.
@@ -13,9 +13,9 @@ set -uo pipefail
 out=$(mkdir -p "${1:?where to write the results}/logs/tests" && cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 out
-parts=${PARTS:-build cuda kernels tests steps}
+parts=${PARTS:-build cuda kernels tests levers steps}
 for name in $parts; do
-    case $name in build | cuda | kernels | tests | steps) ;; *) echo "no such part: $name"; exit 2 ;; esac
+    case $name in build | cuda | kernels | tests | levers | steps) ;; *) echo "no such part: $name"; exit 2 ;; esac
 done
 missing=$(python3 -c 'from importlib.util import find_spec
 names = "torch triton diffusers deepspeed transformers pytest pytest_benchmark".split()
@@ -73,17 +73,19 @@ if wanted build; then
     cat "$out/logs/about.log" 2>/dev/null
 fi
 # pytest is content even if it skips every test
-wanted cuda && part cuda 60 bash -o pipefail -c 'python3 -m pytest tests/test_cuda.py -q -rs | tee /dev/stderr | grep " passed"'
+wanted cuda && part cuda 90 bash -o pipefail -c 'python3 -m pytest tests/test_cuda.py tests/test_cuda_ops.py -q -rs | tee /dev/stderr | grep " passed"'
 if wanted kernels; then kernels noise 40; kernels ddim 40; kernels loss 110; fi
 wanted tests && part tests 600 bash -c tests
+if wanted levers; then
+    script unet-levers-sd15 200 benchmarks/unet_levers.py sd15
+    script unet-levers-sdxl 160 benchmarks/unet_levers.py sdxl
+fi
 if wanted steps; then
-    levers=benchmarks/unet_levers.py step=benchmarks/bench_train_step.py
-    script unet-levers-sd15 50 $levers sd15
-    script unet-levers-sdxl 80 $levers sdxl
-    script train-step-sd15 70 $step sd15 --rounds 10
-    script train-step-sdxl 100 $step sdxl --rounds 10
-    script train-step-sd15-regional 80 $step sd15 --compile regional --rounds 10
-    script train-step-sdxl-regional 120 $step sdxl --compile regional --rounds 10
+    step=benchmarks/bench_train_step.py
+    script train-step-sd15 90 $step sd15 --rounds 4
+    script train-step-sdxl 140 $step sdxl --rounds 4
+    script train-step-sd15-regional 100 $step sd15 --compile regional --rounds 4
+    script train-step-sdxl-regional 160 $step sdxl --compile regional --rounds 4
     script train-step-embedded 40 $step embedded --rounds 10
     [ "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ] ||
         script scaling-sd15 120 benchmarks/scaling.py sd15 --rounds 4

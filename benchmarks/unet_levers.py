@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_train_step import matrix_product, rounded
 from conftest import commit, launches, peak_extra_bytes
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -28,12 +27,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from full_size import machine
 from memory_table import SHAPES
 from published import make_unet, small_unet
+from step_costs import matrix_product, rounded
 from step_limits import PAIRS
 from torch import Tensor
 
 from dde_fast.attention import KERNELS, use_attention
 from dde_fast.compilation import COMPILE, GRAPHS, CompileTime
 from dde_fast.flops import flops_per_pair
+from dde_fast.shards import write_file
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
 
@@ -165,27 +166,32 @@ def look(model: Model, way: Way, rounds: int) -> dict:
     return found
 
 
-def measure(name: str, rounds: int, small: bool, ways: dict[str, Way]) -> dict:
-    """The result of one UNet."""
+def measure(
+    name: str, rounds: int, small: bool, ways: dict[str, Way], write: Callable[[dict], None]
+) -> None:
+    """Measure one UNet, and write what there is after each way."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pairs = 1 if small else PAIRS[name]
     torch._dynamo.config.recompile_limit = GRAPHS
     model = Model(name, pairs, small, device)
     for _ in range(3):
         model.train()
-    rows = []
+    product, operations = matrix_product(torch.bfloat16, device, small)
+    rate = operations / statistics.median(seconds(product, 10))
+    result = {"model": name, "pairs": pairs, "dtype": "bfloat16", "rounds": rounds}
+    result |= {
+        "matrix_TFLOPs": rate / 1e12,
+        "machine": machine() | {"commit": commit()},
+        "rows": [],
+    }
     for title, way in {"default": Way(), **ways}.items():
         try:
             row = look(model, way, rounds)
         except Exception as error:  # whatever a kernel, a compiler or the memory says
             row = {"failed": str(error).strip().split("\n")[0][:200]}
-        rows.append({"name": title} | row)
-        print(rows[-1], flush=True)
-    product, operations = matrix_product(torch.bfloat16, device, small)
-    rate = operations / statistics.median(seconds(product, 10))
-    result = {"model": name, "pairs": pairs, "dtype": "bfloat16", "rounds": rounds, "rows": rows}
-    result |= {"matrix_TFLOPs": rate / 1e12, "machine": machine() | {"commit": commit()}}
-    return rounded(result)
+        result["rows"].append({"name": title} | row)
+        print(result["rows"][-1], flush=True)
+        write(rounded(result))
 
 
 def main() -> None:
@@ -198,9 +204,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, for a test")
     args = parser.parse_args()
     ways = {name: WAYS[name] for name in args.ways}
-    result = measure(args.unet, args.rounds, args.small, ways)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+    def write(result: dict) -> None:
+        write_file(args.output, (json.dumps(result, indent=1) + "\n").encode())
+
+    measure(args.unet, args.rounds, args.small, ways, write)
 
 
 if __name__ == "__main__":
