@@ -9,6 +9,7 @@ import torch
 
 import dde_fast
 from dde_fast import backends, compiled
+from dde_fast.provenance import version_of
 
 PACKAGES = (
     "torch",
@@ -23,10 +24,8 @@ PACKAGES = (
 
 
 def version(package: str) -> str:
-    if package == "torch":
-        return torch.__version__  # tells CPU and CUDA builds apart
     try:
-        return metadata.version(package)
+        return version_of(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
