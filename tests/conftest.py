@@ -9,6 +9,16 @@ import torch
 if not torch.cuda.is_available():
     # read by triton when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from triton.runtime import interpreter
+
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, *scope):
+        """Before 3.7 Triton takes int() of an array of one element, which NumPy refuses from 2.4 on."""
+        patch_lang_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 from dde_fast import backends, compiled  # noqa: E402  (the variable comes first)
 
