@@ -24,7 +24,8 @@ def folder(tmp_path_factory) -> Folder:
 
 
 def deepspeed(folder: Folder, *args: str) -> subprocess.CompletedProcess:
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", free_port()]
+    # what `deepspeed` runs; that script lies elsewhere where packages are carried in a folder
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port()]
     command += [str(ROOT / "dde_fast/train.py"), "--deepspeed_config", str(ROOT / "ds.json"), *args]
     return subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=300, cwd=folder.path
