@@ -28,6 +28,7 @@ import transformers  # noqa: F401  (loaded before the ranks are forked)
 from safetensors.torch import load_file
 from train_runs import Folder, commit, free_port
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot be forked
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: E402
 

@@ -28,7 +28,12 @@ def deepspeed(folder: Folder, *args: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", free_port()]
     command += [str(ROOT / "dde_fast/train.py"), "--deepspeed_config", str(ROOT / "ds.json"), *args]
     return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=300, cwd=folder.path
+        command,
+        env=environment(gpu=True),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder.path,
     )
 
 

@@ -149,7 +149,7 @@ def test_on_a_gpu_the_trainers_steps_wait_for_nothing(tmp_path, objective):
     """Without ZeRO, whose stages read the gradient's norm; logging is outside of the steps."""
     folder = Folder(tmp_path)
     args = folder.args("run", ds=stage(0), objective=objective, beta=100.0)
-    folder.work([{"args": args, "no_waiting": str(tmp_path / "steps.json")}], 1, "run")
+    folder.work([{"args": args, "no_waiting": str(tmp_path / "steps.json")}], 1, "run", gpu=True)
     assert json.loads((tmp_path / "steps.json").read_text()) == [0] * (STEPS - 2)
 
 
@@ -160,7 +160,7 @@ def test_on_a_gpu_bf16_at_stage_1_waits_in_the_optimizer_step_alone(tmp_path):
     sums = {"data_types": {"grad_accum_dtype": "fp32"}, "gradient_accumulation_steps": 2}
     args = folder.args("run", ds=stage(1, **BF16, **HALF, **sums), beta=100.0)
     job = {"args": args, "no_waiting": str(tmp_path / "waits.json"), "but_in_optimizer": True}
-    folder.work([job], 1, "run")
+    folder.work([job], 1, "run", gpu=True)
     counts = json.loads((tmp_path / "waits.json").read_text())
     assert len(counts) == STEPS - 2
     assert all(0 < count < 10 for count in counts)  # a few, and not one per tensor

@@ -19,8 +19,11 @@ STEPS = 6
 OBJECTIVE_STEPS = 3
 
 
-def environment(**more: str) -> dict[str, str]:
-    """One thread per rank; no launcher's variables; the package from here."""
+def environment(gpu: bool = False, **more: str) -> dict[str, str]:
+    """One thread per rank; no launcher's variables; the package from here. What one rank computes is
+    compared with what two do: unless there is a GPU for each, on the CPU, or if a `gpu` is wanted."""
+    if not gpu and torch.cuda.device_count() < 2:
+        more["CUDA_VISIBLE_DEVICES"] = ""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in launcher}
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
@@ -80,8 +83,8 @@ class Folder:
         }
         return [part for key, value in flags.items() for part in (f"--{key}", str(value))]
 
-    def work(self, jobs: list[dict], ranks: int, name: str) -> str:
-        """Run jobs in `ranks` processes; what rank 0 printed."""
+    def work(self, jobs: list[dict], ranks: int, name: str, gpu: bool = False) -> str:
+        """Run jobs in `ranks` processes, in an `environment`; what rank 0 printed."""
         path = self.path / f"{name}.jobs"
         path.write_text(json.dumps(jobs))
         port, processes = free_port(), []
@@ -92,7 +95,7 @@ class Folder:
             log = open(self.path / f"{name}.{rank}.log", "w+")
             command = [sys.executable, str(ROOT / "tests/train_worker.py"), str(path)]
             process = subprocess.Popen(
-                command, env=environment(**variables), stdout=log, stderr=log, text=True
+                command, env=environment(gpu, **variables), stdout=log, stderr=log, text=True
             )
             processes.append((process, log))
         wait_for(processes, timeout=400)
