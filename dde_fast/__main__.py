@@ -9,7 +9,6 @@ import torch
 
 import dde_fast
 from dde_fast import backends, compiled
-from dde_fast.provenance import version_of
 
 PACKAGES = (
     "torch",
@@ -24,8 +23,10 @@ PACKAGES = (
 
 
 def version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # tells CPU and CUDA builds apart
     try:
-        return version_of(package)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 

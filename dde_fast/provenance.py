@@ -32,18 +32,12 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def version_of(package: str) -> str:
-    """Of an installed package, which is not imported for it; PyTorch's tells CPU and CUDA builds apart,
-    as its metadata may not."""
-    return torch.__version__ if package == "torch" else importlib.metadata.version(package)
-
-
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """What the numbers were made with; nothing is imported for it."""
     found = {"dde_fast": dde_fast.__version__}
     for name in PACKAGES:
         try:
-            found[name] = version_of(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     found["python"] = platform.python_version()
