@@ -17,13 +17,12 @@ import os
 import platform
 import subprocess
 import time
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-from dde_fast import backends
+from dde_fast import backends, provenance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = os.environ.get("BENCH_SMALL") == "1"
@@ -102,7 +101,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: provenance.version(name) for name in packages},
         "copy_GB_per_s": copy_bandwidth() / 1e9,
     }
 

@@ -19,7 +19,6 @@ import resource
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +35,7 @@ from dde_fast.engine import launch_environment, start_engine, start_process
 from dde_fast.forward import PairForward
 from dde_fast.loader import Batch
 from dde_fast.loss import PreferenceLoss
+from dde_fast.provenance import version
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,12 @@ def machine() -> dict:
     """Where it ran, and with what."""
     cuda = torch.cuda.is_available()
     packages = ("torch", "diffusers", "deepspeed", "peft")
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
     return {
         "device": torch.cuda.get_device_name() if cuda else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages if name in installed},
+        "versions": {name: known for name in packages if (known := version(name))},
         "commit": commit(),
     }
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import torch
 
 import dde_fast
 from dde_fast import backends, compiled
+from dde_fast.provenance import version
 
 PACKAGES = (
     "torch",
@@ -22,19 +22,10 @@ PACKAGES = (
 )
 
 
-def version(package: str) -> str:
-    if package == "torch":
-        return torch.__version__  # tells CPU and CUDA builds apart
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def main() -> None:
     print(f"dde-fast {dde_fast.__version__}, Python {platform.python_version()}")
     for package in PACKAGES:
-        print(f"  {package:<13}{version(package)}")
+        print(f"  {package:<13}{version(package) or 'not installed'}")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -20,7 +20,6 @@ import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dde_fast.provenance import version
 from dde_fast.shards import PARTIAL, Shard, open_shard, write_file, write_shard
 
 FORMAT = 1
@@ -242,5 +242,5 @@ def write_index(
 def versions() -> dict[str, str]:
     """Of what a cache's content depends on."""
     packages = ("dde-fast", "torch", "diffusers", "transformers", "safetensors", "pillow")
-    found = {name: metadata.version(name) for name in packages}
+    found = {name: known for name in packages if (known := version(name))}
     return found | {"python": platform.python_version()}

@@ -32,14 +32,22 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def version(package: str) -> str | None:
+    """Of a package, without importing it; None if it is not installed."""
+    if package == "torch":
+        return str(torch.__version__)  # the wheel's need not tell CPU and CUDA builds apart
+    if package == "dde-fast":
+        return dde_fast.__version__  # it may run from a folder on PYTHONPATH, not installed
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
     """What the numbers were made with; nothing is imported for it."""
     found = {"dde_fast": dde_fast.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found |= {name: known for name in PACKAGES if (known := version(name))}
     found["python"] = platform.python_version()
     found["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():

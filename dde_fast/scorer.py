@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dde_fast.provenance import content_hash
+from dde_fast.provenance import content_hash, version
 
 
 class Scorer(nn.Module):
@@ -97,6 +96,6 @@ class Scorer(nn.Module):
         beside = self.beside()
         weights = ((f"{name} {value.dtype}", value) for name, value in self.state_dict().items())
         noted = json.dumps(beside, sort_keys=True) if beside else ""
-        versions = {library: importlib.metadata.version(library) for library in self.libraries}
+        versions = {library: version(library) for library in self.libraries}
         found = {"name": self.name, "model": self.model, "sha256": content_hash(weights, noted)}
         return found | beside | versions

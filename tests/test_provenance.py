@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from train_runs import environment
 
-from dde_fast import provenance, rewards, samples
+from dde_fast import manifest, provenance, rewards, samples
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 
@@ -20,6 +20,20 @@ def test_versions_name_what_the_numbers_depend_on():
     for name in ("diffusers", "transformers", "deepspeed"):
         assert found[name] == importlib.metadata.version(name)
     assert ("gpu" in found) == torch.cuda.is_available()
+
+
+def test_versions_without_local_labels_and_of_a_package_that_runs_from_a_folder(monkeypatch):
+    """PyPI's CUDA wheels of torch are called 2.11.0, the module 2.11.0+cu130."""
+
+    def version(name):
+        if name == "dde-fast":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.11.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    for found in (provenance.versions(), manifest.versions()):
+        assert found["torch"] == torch.__version__ and found["diffusers"] == "2.11.0"
+    assert manifest.versions()["dde-fast"] == provenance.versions()["dde_fast"]
 
 
 def test_versions_import_nothing():
