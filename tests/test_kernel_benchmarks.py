@@ -93,7 +93,7 @@ def test_a_gpu_times_by_its_events(tmp_path):
         assert median == pytest.approx(1e-5, rel=1e-3)
 
 
-def bench_conftest():
+def conftest_of_benchmarks():
     spec = importlib.util.spec_from_file_location("clock", ROOT / "benchmarks/conftest.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -105,12 +105,12 @@ def test_no_launches_seen_is_no_zero(monkeypatch):
     blind = contextlib.nullcontext(SimpleNamespace(events=list))
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: blind)
     with pytest.raises(RuntimeError, match="CUPTI"):
-        bench_conftest().launches(lambda: None)
+        conftest_of_benchmarks().launches(lambda: None)
 
 
 def test_a_tree_without_git_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("DDE_FAST_COMMIT", "abc+")
-    assert bench_conftest().commit() == "abc+"
+    assert conftest_of_benchmarks().commit() == "abc+"
 
 
 LOSS_ROWS = """

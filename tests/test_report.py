@@ -221,7 +221,12 @@ def test_a_measured_step_is_shown_as_waterfall_and_table(page, tmp_path):
     text = page.read_text(encoding="utf-8")
     pictures = {picture.stem for picture in page.parent.glob("*.png")}
     assert pictures >= {"step-1", "step-2"}
-    for said in ("The training step", "40 [32, 50]", "0.125 + 0.25", "SD 1.5 (3.5 M parameters)"):
+    for said in (
+        "The training step",
+        "40 [32, 50]",
+        "0.125 + 1.5 + 0.25",
+        "SD 1.5 (3.5 M parameters)",
+    ):
         assert said in text, said
     assert text.count("<h3>Benchmark train-step-") == 2
     alone = report.write([report_folders.write_step(tmp_path / "step.json")], tmp_path / "page")
