@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from full_size import machine
 from memory_table import SHAPES
 from published import make_unet, small_unet
-from step_costs import matrix_product, rounded
+from step_costs import matrix_product, rounded, timed
 from step_limits import PAIRS
 from torch import Tensor
 
@@ -37,10 +36,6 @@ from dde_fast.flops import flops_per_pair
 from dde_fast.shards import write_file
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
-
-
-def compile_whole(unet: UNet2DConditionModel, **options) -> None:
-    unet.forward = torch.compile(unet.forward, dynamic=False, **options)
 
 
 def compile_blocks(unet: UNet2DConditionModel) -> None:
@@ -67,7 +62,7 @@ WAYS = {
     "compiled, with ResNets": Way(compile_blocks),
     "compiled, whole": Way(COMPILE["whole"]),
     "compiled, whole, channels_last": Way(COMPILE["whole"], channels_last=True),
-    "compiled, whole, CUDA graphs": Way(partial(compile_whole, mode="reduce-overhead")),
+    "compiled, whole, CUDA graphs": Way(partial(COMPILE["whole"], mode="reduce-overhead")),
 }
 """Beside the default: eager, PyTorch's choice of attention, default memory order."""
 
@@ -112,33 +107,29 @@ class Model:
     @contextlib.contextmanager
     def running(self, way: Way):
         """Within, it is run in that way."""
-        order = torch.channels_last if way.channels_last else torch.contiguous_format
-        self.unet.to(memory_format=order)
-        self.inputs[0] = self.inputs[0].contiguous(memory_format=order)
-        use_attention(self.unet, way.attention, torch.bfloat16, self.slope.device)
-        if way.compile:
-            torch._dynamo.reset()
-            way.compile(self.unet)
         try:
+            self.arrange(way)
+            if way.compile:
+                torch._dynamo.reset()
+                way.compile(self.unet)
             yield
         finally:
             self.unet.forward = self.eager
             for module in self.unet.modules():
                 module._compiled_call_impl = None
-            use_attention(self.unet, "sdpa", torch.bfloat16, self.slope.device)
+            self.arrange(Way())
+
+    def arrange(self, way: Way) -> None:
+        """Memory order and attention of a way."""
+        order = torch.channels_last if way.channels_last else torch.contiguous_format
+        self.unet.to(memory_format=order)
+        self.inputs[0] = self.inputs[0].contiguous(memory_format=order)
+        use_attention(self.unet, way.attention, torch.bfloat16, self.slope.device)
 
 
 def seconds(call: Callable[[], object], rounds: int) -> list[float]:
     """Of each call, the device's work included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times = []
-    for _ in range(rounds):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - start)
-    return times
+    return [timed(call)[0] for _ in range(rounds)]
 
 
 def look(model: Model, way: Way, rounds: int) -> dict:

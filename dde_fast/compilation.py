@@ -26,12 +26,12 @@ GRAPHS = 64
 of Stable Diffusion 1.5 (four sizes, each with and without gradient), not for adapters or samplers."""
 
 
-def _whole(unet: UNet2DConditionModel) -> None:
+def _whole(unet: UNet2DConditionModel, **options) -> None:
     # not `unet.compile`, whose graph takes in DeepSpeed's hooks and their clocks
-    unet.forward = torch.compile(unet.forward, dynamic=False)
+    unet.forward = torch.compile(unet.forward, dynamic=False, **options)
 
 
-COMPILE: dict[str, Callable[[UNet2DConditionModel], None]] = {
+COMPILE: dict[str, Callable[..., None]] = {
     "regional": lambda unet: unet.compile_repeated_blocks(dynamic=False),
     "whole": _whole,
 }

@@ -59,3 +59,17 @@ def test_the_ways_to_run_a_unet_are_measured(tmp_path):
         assert rows[name]["difference"] < 0.05  # bf16's rounding
     if not torch.cuda.is_available():
         assert "cudnn" in rows["cudnn attention"]["failed"]
+
+
+def test_after_a_way_the_default_is_the_default_again():
+    """Else the next way would be measured beside another one."""
+    code = """
+import torch, unet_levers
+model = unet_levers.Model("sd15", 1, True, torch.device("cpu"))
+with model.running(unet_levers.WAYS["channels_last"]):
+    print(model.unet.conv_in.weight.is_contiguous(), model.inputs[0].is_contiguous())
+print(model.unet.conv_in.weight.is_contiguous(), model.inputs[0].is_contiguous())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["False", "False", "True", "True"], done.stderr
