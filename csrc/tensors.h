@@ -49,7 +49,8 @@ inline Rows rows_of(const Tensor& x, int64_t pairs, int64_t n, const char* name)
   const int64_t rows = x.size(0);
   STD_TORCH_CHECK(rows == pairs || rows == 2 * pairs, name, ": expected ", pairs, " or ", 2 * pairs,
                   " rows, got ", rows);
-  STD_TORCH_CHECK(x.numel() == rows * n && (rows == 1 || x.stride(0) == n) && is_dense(x), name, ": expected ", rows, " dense rows of ", n, " elements");
+  STD_TORCH_CHECK(x.numel() == rows * n && (rows == 1 || x.stride(0) == n) && is_dense(x), name,
+                  ": expected ", rows, " dense rows of ", n, " elements");
   return {x.data_ptr(), rows, dtype_of(x, name)};
 }
 
