@@ -1,5 +1,5 @@
 // The loss with its gradient on CUDA: one launch where there are clusters of blocks and a pair fits
-// into their shared memory, three anywhere else.
+// into their shared memory, two anywhere else.
 
 #include "preference_cluster.cuh"
 
@@ -11,13 +11,6 @@
 namespace dde_fast {
 namespace {
 
-// A nonce for each launch (see Ticket): multiples of 2⁶⁴/φ, of which no billion come within a
-// batch of each other, so memory that an earlier launch counted in is no obstacle.
-unsigned long long next_nonce() {
-  static std::atomic<unsigned long long> last{0};
-  return last += 0x9E3779B97F4A7C15ull;
-}
-
 int attribute_of(cudaDeviceAttr attribute, int device) {
   int value = 0;
   return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
@@ -26,16 +19,18 @@ int attribute_of(cudaDeviceAttr attribute, int device) {
 // Whether the device can run such clusters. Asked once for each size of a cluster, unless later
 // ones need more memory: the driver takes its time to answer.
 template <class P, class Y, bool REFERENCE>
-bool fits(const cudaLaunchConfig_t& config, unsigned blocks, int device) {
+bool fits(const cudaLaunchConfig_t& config, unsigned blocks, int64_t most, int device) {
   static std::array<std::array<std::atomic<size_t>, MAX_CLUSTER + 1>, 128> known{};
   std::atomic<size_t>& fitting = known.at(device)[blocks];
   if (config.dynamicSmemBytes <= fitting) return true;
   const auto kernel = pair_kernel<P, Y, REFERENCE>;
-  const int most = attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto set = [&](cudaFuncAttribute attribute, int64_t value) {
+    return cudaFuncSetAttribute(kernel, attribute, static_cast<int>(value)) == cudaSuccess;
+  };
   int clusters = 0;
   if (config.dynamicSmemBytes <= static_cast<size_t>(most) &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) ==
-          cudaSuccess) {
+      set(cudaFuncAttributeMaxDynamicSharedMemorySize, most) &&
+      (blocks <= PORTABLE_CLUSTER || set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1))) {
     cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   }
   if (clusters == 0) {
@@ -48,7 +43,7 @@ bool fits(const cudaLaunchConfig_t& config, unsigned blocks, int device) {
 
 // false: not on this device
 template <class P, class Y, bool REFERENCE>
-bool launch_clusters(const PairLoss& a, int device, cudaStream_t stream) {
+bool launch_clusters(const PairLoss& a, int64_t most, int device, cudaStream_t stream) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {a.blocks, 1, 1};
@@ -59,7 +54,7 @@ bool launch_clusters(const PairLoss& a, int device, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  if (!fits<P, Y, REFERENCE>(config, a.blocks, device)) return false;
+  if (!fits<P, Y, REFERENCE>(config, a.blocks, most, device)) return false;
   cudaLaunchKernelEx(&config, pair_kernel<P, Y, REFERENCE>, a);
   check_launch("pair_kernel");
   return true;
@@ -68,10 +63,10 @@ bool launch_clusters(const PairLoss& a, int device, cudaStream_t stream) {
 // Everything in one launch; false: not for these inputs or not on this device.
 bool launch_pairs(const Forward& f, void* gradient, int device, cudaStream_t stream) {
   if (attribute_of(cudaDevAttrComputeCapabilityMajor, device) < 9) return false;
-  const unsigned blocks = cluster_blocks(f.n);
-  const Tensor count = empty_like_of(f.logits, 1, true);  // 8 bytes
-  const PairLoss a{inputs_of(f), gradient, finish_of(f),
-                   {static_cast<unsigned long long*>(count.data_ptr()), next_nonce()},
+  const int64_t most = attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const unsigned blocks = cluster_blocks(f.n, most);
+  const Count count(f, 1);
+  const PairLoss a{inputs_of(f),         gradient, finish_of(f), count.ticket,
                    share_of(f.n, blocks), blocks};
   bool launched = false;
   vectorised(f.policy.dtype, f.target.dtype, f.n, is_aligned(a.inputs) && is_aligned(gradient),
@@ -79,8 +74,9 @@ bool launch_pairs(const Forward& f, void* gradient, int device, cudaStream_t str
                using P = decltype(policy);
                using Y = decltype(target);
                if constexpr (sizeof(acc) == sizeof(float)) {
-                 launched = f.reference.data ? launch_clusters<P, Y, true>(a, device, stream)
-                                             : launch_clusters<P, Y, false>(a, device, stream);
+                 launched = f.reference.data
+                                ? launch_clusters<P, Y, true>(a, most, device, stream)
+                                : launch_clusters<P, Y, false>(a, most, device, stream);
                }
              });
   return launched;

@@ -10,31 +10,8 @@
 
 namespace dde_fast {
 
-constexpr unsigned MAX_CLUSTER = 8;  // blocks; more are not portable
-
-// Counts the clusters of one launch, in memory that nobody has to set to zero: the launch's own
-// nonce plus 0 … pairs - 1 is a count, any other value is none yet. So is the full count that stays
-// behind, when a CUDA graph launches again with the same nonce.
-struct Ticket {
-  unsigned long long* count;
-  unsigned long long nonce;
-};
-
-// True for the last of `pairs` callers; what the others wrote before calling is visible to it.
-__device__ __forceinline__ bool is_last(const Ticket& ticket, int64_t pairs) {
-  if (pairs == 1) return true;
-  const unsigned long long all = static_cast<unsigned long long>(pairs);
-  unsigned long long seen = *static_cast<volatile unsigned long long*>(ticket.count), before;
-  __threadfence();
-  unsigned long long count;
-  do {
-    before = seen;
-    count = 1 + (before - ticket.nonce < all ? before - ticket.nonce : 0);
-    seen = atomicCAS(ticket.count, before, ticket.nonce + count);
-  } while (seen != before);
-  __threadfence();
-  return count == all;
-}
+constexpr unsigned PORTABLE_CLUSTER = 8;  // blocks that every device with clusters has
+constexpr unsigned MAX_CLUSTER = 16;      // where a device allows it: for latents of 16 channels
 
 struct PairLoss {
   Inputs inputs;
@@ -61,16 +38,17 @@ inline int64_t shared_bytes(int64_t share) {
   return static_cast<int64_t>(sizeof(Shared)) + 2 * share * static_cast<int64_t>(sizeof(float));
 }
 
-// A pair is split until each block has one tile: its loads are then all on their way at once.
-inline unsigned cluster_blocks(int64_t n) {
-  unsigned blocks = 1;
-  while (blocks < MAX_CLUSTER && n > int64_t{blocks} * TILE) blocks *= 2;
-  return blocks;
-}
-
 inline int64_t share_of(int64_t n, unsigned blocks) {
   const int64_t step = int64_t{blocks} * VECTOR;
   return (n + step - 1) / step * VECTOR;
+}
+
+// A pair is split until each block has one tile, as its loads are then all on their way at once, and
+// further only if it does not fit into `most` bytes a block.
+inline unsigned cluster_blocks(int64_t n, int64_t most) {
+  unsigned blocks = 1;
+  while (blocks < PORTABLE_CLUSTER && n > int64_t{blocks} * TILE) blocks *= 2;
+  return shared_bytes(share_of(n, blocks)) <= most ? blocks : MAX_CLUSTER;
 }
 
 // Where one thread keeps pack `i` of a block's `packs`: neighbours in neighbouring 16 bytes.

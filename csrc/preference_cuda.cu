@@ -1,4 +1,4 @@
-// The loss head on CUDA (sm_80 and later): two launches forward, one backward. Nothing waits for
+// The loss head on CUDA (sm_80 and later): one launch forward, one backward. Nothing waits for
 // the host, and memory comes from torch, so a CUDA graph can capture it.
 
 #include "preference_cuda.cuh"
@@ -37,11 +37,9 @@ void launch_forward(const Forward& f, cudaStream_t stream) {
   const int64_t part = (f.n + MAX_CHUNKS - 1) / MAX_CHUNKS;
   const int64_t chunk = (part + TILE - 1) / TILE * TILE, chunks = (f.n + chunk - 1) / chunk;
   const Tensor partial = empty_like_of(f.logits, 3 * 2 * f.pairs * chunks, f.wide);
-  launch_errors({inputs_of(f), partial.data_ptr(), chunk, chunks}, f.wide, stream);
-  const Finish finish = finish_of(f);
-  f.wide ? finish_kernel<double><<<1, THREADS, 0, stream>>>(finish, partial.data_ptr(), chunks)
-         : finish_kernel<float><<<1, THREADS, 0, stream>>>(finish, partial.data_ptr(), chunks);
-  check_launch("finish_kernel");
+  const Count count(f, 1 + f.pairs);
+  launch_errors({inputs_of(f), partial.data_ptr(), chunk, chunks, finish_of(f), count.ticket},
+                f.wide, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_cuda(

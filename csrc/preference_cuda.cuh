@@ -1,6 +1,8 @@
 // What the loss head's CUDA ops share: their checks, and the launchers for any device.
 #pragma once
 
+#include <atomic>
+
 #include "cuda.cuh"
 #include "preference_kernels.cuh"
 
@@ -42,7 +44,24 @@ inline bool is_aligned(const Inputs& a) {
          (!a.reference.data || a.reference.dtype == a.policy.dtype);
 }
 
-// fills the outputs of the forward, in two launches
+// A nonce for each launch (see Ticket): multiples of 2⁶⁴/φ, of which no billion come within a
+// batch of each other, so memory that an earlier launch counted in is no obstacle.
+inline unsigned long long next_nonce() {
+  static std::atomic<unsigned long long> last{0};
+  return last += 0x9E3779B97F4A7C15ull;
+}
+
+// memory to count in, and what a launch counts from
+struct Count {
+  Tensor memory;
+  Ticket ticket;
+
+  Count(const Forward& f, int64_t counts)  // of 8 bytes
+      : memory(empty_like_of(f.logits, counts, true)),
+        ticket{static_cast<unsigned long long*>(memory.data_ptr()), next_nonce()} {}
+};
+
+// fills the outputs of the forward, in one launch
 void launch_forward(const Forward& f, cudaStream_t stream);
 
 // fills a.gradient, in one launch; A is double if any input is

@@ -1,6 +1,7 @@
-// The loss head's kernels for any device: sums of errors, what follows from them, the gradient. A
-// block takes a part of a pair, both halves at once, so every input is read once. No atomics: the
-// order of every sum is fixed. No torch header: tests/cuda_on_cpu compiles this for the CPU.
+// The loss head's kernels for any device: the errors and what follows from them, the gradient. A
+// block takes a part of a pair, both halves at once, so every input is read once. Atomics only count
+// blocks: the order of every sum is fixed. No torch header: tests/cuda_on_cpu compiles this for the
+// CPU.
 #pragma once
 
 #include "elements.cuh"
@@ -58,63 +59,6 @@ __device__ __forceinline__ void sum_by_warp(const A (&sums)[2][3], A (&by_warp)[
     const A sum = warp_sum(sums[i / 3][i % 3]);
     if (threadIdx.x % 32 == 0) by_warp[i][threadIdx.x / 32] = sum;
   }
-}
-
-struct Errors {
-  Inputs inputs;
-  void* partial;  // [3, 2B, chunks]: the sums of add_element
-  int64_t chunk, chunks;
-};
-
-// the block's sums of both halves, into this chunk's places
-template <class A>
-__device__ void store_partial(const Errors& a, const A (&sums)[2][3], int64_t pair,
-                              int64_t i_chunk) {
-  __shared__ A by_warp[6][WARPS];
-  sum_by_warp(sums, by_warp);
-  __syncthreads();
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= 6) return;
-  A sum = 0;
-#pragma unroll
-  for (int warp = 0; warp < WARPS; ++warp) sum += by_warp[i][warp];
-  const int64_t row = i % 3 * 2 * a.inputs.pairs + i / 3 * a.inputs.pairs + pair;
-  static_cast<A*>(a.partial)[row * a.chunks + i_chunk] = sum;
-}
-
-// 16 bytes at a time: N a multiple of VECTOR, aligned rows, reference in policy's dtype
-template <class A, class P, class Y, bool REFERENCE>
-__global__ void __launch_bounds__(THREADS) errors_kernel(Errors a) {
-  const int64_t pair = blockIdx.x / a.chunks, i_chunk = blockIdx.x % a.chunks;
-  const int64_t start = i_chunk * a.chunk, n = a.inputs.n;
-  const int64_t stop = start + a.chunk < n ? start + a.chunk : n;
-  A sums[2][3] = {};
-  for (int64_t at = start + threadIdx.x * VECTOR; at < stop; at += TILE) {
-    A errors[2][VECTOR];
-    add_pack<A, P, Y, REFERENCE>(a.inputs, pair, at, sums, errors);
-  }
-  store_partial(a, sums, pair, i_chunk);
-}
-
-// any N, alignment and mix of dtypes
-template <class A, bool REFERENCE>
-__global__ void __launch_bounds__(THREADS) errors_any_kernel(Errors a) {
-  const Rows &policy = a.inputs.policy, &reference = a.inputs.reference, &target = a.inputs.target;
-  const int64_t pair = blockIdx.x / a.chunks, i_chunk = blockIdx.x % a.chunks;
-  const int64_t start = i_chunk * a.chunk, n = a.inputs.n;
-  const int64_t stop = start + a.chunk < n ? start + a.chunk : n;
-  A sums[2][3] = {};
-  for (int64_t at = start + threadIdx.x; at < stop; at += THREADS) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t sample = pair + half * a.inputs.pairs;
-      const A o = load_any<A>(policy, row_of(policy, sample) * n + at);
-      const A y = load_any<A>(target, row_of(target, sample) * n + at);
-      const A r = REFERENCE ? load_any<A>(reference, row_of(reference, sample) * n + at) : o;
-      add_element<A, REFERENCE>(o, r, y, sums[half]);
-    }
-  }
-  store_partial(a, sums, pair, i_chunk);
 }
 
 // From a pair's sums to everything that the forward returns.
@@ -181,30 +125,125 @@ __device__ void store_mean_loss(const Finish& a, double* by_warp) {
   *static_cast<A*>(a.loss) = static_cast<A>(first + sum / static_cast<double>(a.pairs));
 }
 
-// One block: a warp per pair for errors and logits, then a thread per pair for the losses.
+// Counts the blocks or clusters of one launch, in memory that nobody has to set to zero: the launch's own
+// nonce plus 0 … all - 1 is a count, any other value is none yet. So is the full count that stays
+// behind, when a CUDA graph launches again with the same nonce.
+struct Ticket {
+  unsigned long long* count;
+  unsigned long long nonce;
+};
+
+// True for the last of `callers`; what the others wrote before calling is visible to it.
+__device__ __forceinline__ bool is_last(const Ticket& ticket, int64_t callers) {
+  if (callers == 1) return true;
+  const unsigned long long all = static_cast<unsigned long long>(callers);
+  unsigned long long seen = *static_cast<volatile unsigned long long*>(ticket.count), before;
+  __threadfence();
+  unsigned long long count;
+  do {
+    before = seen;
+    count = 1 + (before - ticket.nonce < all ? before - ticket.nonce : 0);
+    seen = atomicCAS(ticket.count, before, ticket.nonce + count);
+  } while (seen != before);
+  __threadfence();
+  return count == all;
+}
+
+// Blocks of a multiprocessor that nvcc makes room for; 0: its own choice, which spilled in fp64.
 template <class A>
-__global__ void __launch_bounds__(THREADS)
-    finish_kernel(Finish a, const void* partial, int64_t chunks) {
-  __shared__ double by_warp[WARPS];
-  for (int64_t pair = threadIdx.x / 32; pair < a.pairs; pair += WARPS) {
-    double sums[2][3];
+constexpr int ROOM = sizeof(A) == sizeof(double) ? 1 : 0;
+
+struct Errors {
+  Inputs inputs;
+  void* partial;  // [3, 2B, chunks]: the sums of add_element
+  int64_t chunk, chunks;
+  Finish finish;
+  Ticket tickets;  // [1 + B]: of the pairs, then of each pair's chunks
+};
+
+// the block's sums of both halves, into this chunk's places
+template <class A>
+__device__ void store_partial(const Errors& a, const A (&sums)[2][3], int64_t pair,
+                              int64_t i_chunk) {
+  __shared__ A by_warp[6][WARPS];
+  sum_by_warp(sums, by_warp);
+  __syncthreads();
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= 6) return;
+  A sum = 0;
 #pragma unroll
-    for (int i = 0; i < 6; ++i) {
-      double sum = 0;
-      if (i % 3 == 0 || a.has_prediction) {
-        const int64_t row = i % 3 * 2 * a.pairs + i / 3 * a.pairs + pair;
-        const A* parts = static_cast<const A*>(partial) + row * chunks;
-        for (int64_t part = threadIdx.x % 32; part < chunks; part += 32) {
-          sum += static_cast<double>(parts[part]);
-        }
-        sum = warp_sum(sum);
-      }
-      sums[i / 3][i % 3] = sum;
-    }
-    if (threadIdx.x % 32 == 0) finish_pair<A>(a, pair, sums, true);
+  for (int warp = 0; warp < WARPS; ++warp) sum += by_warp[i][warp];
+  const int64_t row = i % 3 * 2 * a.inputs.pairs + i / 3 * a.inputs.pairs + pair;
+  static_cast<A*>(a.partial)[row * a.chunks + i_chunk] = sum;
+}
+
+// The last block of a pair adds up its chunks, in their order; that of the last pair, all losses.
+template <class A>
+__device__ void finish_where_last(const Errors& a, int64_t pair) {
+  __shared__ double sums[2][3], by_warp[WARPS];
+  __shared__ bool last;
+  __syncthreads();  // the block's sums are in their places
+  if (threadIdx.x == 0) {
+    last = is_last({a.tickets.count + 1 + pair, a.tickets.nonce}, a.chunks);
   }
   __syncthreads();
-  store_mean_loss<A>(a, by_warp);
+  if (!last) return;
+  const int i = static_cast<int>(threadIdx.x) / 32;
+  if (i < 6) {  // a warp for each sum
+    const int64_t row = i % 3 * 2 * a.inputs.pairs + i / 3 * a.inputs.pairs + pair;
+    // volatile: other blocks have written them in this launch
+    const volatile A* parts = static_cast<const A*>(a.partial) + row * a.chunks;
+    double sum = 0;
+    for (int64_t part = threadIdx.x % 32; part < a.chunks; part += 32) {
+      sum += static_cast<double>(parts[part]);
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) sums[i / 3][i % 3] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    finish_pair<A>(a.finish, pair, sums, true);
+    last = is_last(a.tickets, a.inputs.pairs);
+  }
+  __syncthreads();
+  if (last) store_mean_loss<A>(a.finish, by_warp);
+}
+
+// 16 bytes at a time: N a multiple of VECTOR, aligned rows, reference in policy's dtype
+template <class A, class P, class Y, bool REFERENCE>
+__global__ void __launch_bounds__(THREADS, ROOM<A>) errors_kernel(Errors a) {
+  const int64_t pair = blockIdx.x / a.chunks, i_chunk = blockIdx.x % a.chunks;
+  const int64_t start = i_chunk * a.chunk, n = a.inputs.n;
+  const int64_t stop = start + a.chunk < n ? start + a.chunk : n;
+  A sums[2][3] = {};
+  for (int64_t at = start + threadIdx.x * VECTOR; at < stop; at += TILE) {
+    A errors[2][VECTOR];
+    add_pack<A, P, Y, REFERENCE>(a.inputs, pair, at, sums, errors);
+  }
+  store_partial(a, sums, pair, i_chunk);
+  finish_where_last<A>(a, pair);
+}
+
+// any N, alignment and mix of dtypes
+template <class A, bool REFERENCE>
+__global__ void __launch_bounds__(THREADS, ROOM<A>) errors_any_kernel(Errors a) {
+  const Rows &policy = a.inputs.policy, &reference = a.inputs.reference, &target = a.inputs.target;
+  const int64_t pair = blockIdx.x / a.chunks, i_chunk = blockIdx.x % a.chunks;
+  const int64_t start = i_chunk * a.chunk, n = a.inputs.n;
+  const int64_t stop = start + a.chunk < n ? start + a.chunk : n;
+  A sums[2][3] = {};
+  for (int64_t at = start + threadIdx.x; at < stop; at += THREADS) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t sample = pair + half * a.inputs.pairs;
+      const A o = load_any<A>(policy, row_of(policy, sample) * n + at);
+      const A y = load_any<A>(target, row_of(target, sample) * n + at);
+      const A r = REFERENCE ? load_any<A>(reference, row_of(reference, sample) * n + at) : o;
+      add_element<A, REFERENCE>(o, r, y, sums[half]);
+    }
+  }
+  store_partial(a, sums, pair, i_chunk);
+  finish_where_last<A>(a, pair);
 }
 
 template <class A>

@@ -26,7 +26,7 @@ AUTO = {"cpu": ("cpp",), "cuda": ("cpp", "triton"), "xpu": ("triton",)}
 
 On CUDA by the bytes that the loss with its gradient moves, until a GPU has measured it. In sizes of
 the policy's prediction [2B, …], with a reference's prediction and a shared target [B, …]: cpp reads
-2.5 and writes 1 in one launch where a pair fits a cluster (sm_90 and later) and 5 in three launches
+2.5 and writes 1 in one launch where a pair fits a cluster (sm_90 and later) and 5 in two launches
 elsewhere; triton 5 in three launches, and 6 where the cache does not hold the target for the second
 half of a pair. cpp's backward is one launch more, which reads and writes a size only where the loss
 was scaled. cpp is there only where nvcc was at installation.

@@ -120,8 +120,7 @@ def preference_loss(
     link: str,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """`dde_fast.reference.preference_loss` in one pass over the inputs (CUDA: two launches, the
-    second adds up the first one's partial sums)."""
+    """`dde_fast.reference.preference_loss` in one pass over the inputs (CUDA: one launch)."""
     constants = (beta, lose_weight, link, label_smoothing)
     arguments = _forward_arguments(
         policy, reference, target, timesteps, weights, margins, *constants
@@ -145,7 +144,7 @@ def preference_loss_with_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """`preference_loss` and, last, d loss / d policy. CPU: a pair's gradient is written while its
     inputs are still in the cache. CUDA: in one launch and one pass where a pair fits a cluster of
-    blocks (sm_90 and later), else in three launches, the last of which reads policy and target
+    blocks (sm_90 and later), else in two launches, the second of which reads policy and target
     again."""
     constants = (beta, lose_weight, link, label_smoothing)
     arguments = _forward_arguments(

@@ -43,11 +43,11 @@ def check_on_device(args, expected_launches):
 
 
 def one_launch():
-    return 1 if torch.cuda.get_device_capability()[0] >= 9 else 3
+    return 1 if torch.cuda.get_device_capability()[0] >= 9 else 2
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32)])
-@pytest.mark.parametrize("n", [8, 4096, 16384, 16392, 65536])
+@pytest.mark.parametrize("n", [8, 4096, 16384, 16392, 65536, 2**18])
 def test_one_launch(dtypes, n):
     many = 300 if n <= 4096 else 9
     for pairs, rows, mode in ((1, (2, 2), "prediction"), (5, (2, 1), "errors"), (many, (1, 2), "none")):  # fmt: skip
@@ -55,11 +55,11 @@ def test_one_launch(dtypes, n):
         check_on_device(args, one_launch())
 
 
-def test_three_launches_where_a_pair_does_not_fit():
+def test_two_launches_where_a_pair_does_not_fit():
     for dtype, n in ((BF16, 2**19), (F64, 512), (F32, 13)):
-        check_on_device(arguments(dtype, n=n), 3)
+        check_on_device(arguments(dtype, n=n), 2)
     args = arguments(F32, F16)
-    check_on_device(args, 3)
+    check_on_device(args, 2)
 
 
 def test_streams_do_not_disturb_one_another():

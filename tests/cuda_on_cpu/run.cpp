@@ -21,7 +21,7 @@ struct Case {
   Objective objective;
   Column errors;
   void *gradient, *loss, *logits, *policy_error, *reference_error, *margin, *partial;
-  unsigned long long* count;
+  unsigned long long* count;  // [1 + pairs]
   int64_t pairs, n, chunk;
   unsigned blocks;                // of a cluster; 0: as many as the op takes
   bool wide, backwards, aligned;  // aligned: vector kernels where there are some
@@ -47,9 +47,10 @@ void launch(const Case& c, int64_t blocks, Kernel kernel) {
 }
 
 template <class A, bool REFERENCE>
-void forward(const Case& c) {
+void forward(const Case& c, unsigned long long nonce) {
   const int64_t chunks = (c.n + c.chunk - 1) / c.chunk, blocks = c.pairs * chunks;
-  const Errors a{{c.policy, c.reference, c.target, c.pairs, c.n}, c.partial, c.chunk, chunks};
+  const Errors a{{c.policy, c.reference, c.target, c.pairs, c.n}, c.partial, c.chunk, chunks,
+                 finish_of(c), {c.count, nonce}};
   const bool done = vectorised(
       c.policy.dtype, c.target.dtype, c.n, c.aligned, [&](auto acc, auto policy, auto target) {
         using P = decltype(policy);
@@ -57,7 +58,6 @@ void forward(const Case& c) {
         launch(c, blocks, [&] { errors_kernel<decltype(acc), P, Y, REFERENCE>(a); });
       });
   if (!done) launch(c, blocks, [&] { errors_any_kernel<A, REFERENCE>(a); });
-  launch(c, 1, [&] { finish_kernel<A>(finish_of(c), c.partial, chunks); });
 }
 
 template <class A>
@@ -79,7 +79,7 @@ void backward(const Case& c) {
 
 template <class P, class Y, bool REFERENCE>
 void pairs(const Case& c, unsigned long long nonce) {
-  const unsigned blocks = c.blocks ? c.blocks : cluster_blocks(c.n);
+  const unsigned blocks = c.blocks ? c.blocks : cluster_blocks(c.n, MOST_SHARED);
   const PairLoss a{{c.policy, c.reference, c.target, c.pairs, c.n}, c.gradient, finish_of(c),
                    {c.count, nonce}, share_of(c.n, blocks), blocks};
   if (shared_bytes(a.share) > static_cast<int64_t>(MOST_SHARED)) std::abort();
@@ -89,14 +89,14 @@ void pairs(const Case& c, unsigned long long nonce) {
 
 }  // namespace
 
-// the kernels of the ops for any device: errors, finish, gradient
-extern "C" void run_three(const Case* c) {
+// the kernels of the ops for any device: errors with all that follows from them, gradient
+extern "C" void run_two(const Case* c, unsigned long long nonce) {
   const bool has = c->reference.data;
   if (c->wide) {
-    has ? forward<double, true>(*c) : forward<double, false>(*c);
+    has ? forward<double, true>(*c, nonce) : forward<double, false>(*c, nonce);
     backward<double>(*c);
   } else {
-    has ? forward<float, true>(*c) : forward<float, false>(*c);
+    has ? forward<float, true>(*c, nonce) : forward<float, false>(*c, nonce);
     backward<float>(*c);
   }
 }
