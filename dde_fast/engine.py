@@ -129,6 +129,7 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
         # one rank's gradients are their mean already: DeepSpeed would copy them there and back
         engine.enable_backward_allreduce = dist.get_world_size() > 1
         _does_as_told(engine.optimizer)
+    _looks_at_whole_buffers(engine.optimizer)
     if c.ema_decay:
         ema.attach(engine, c.ema_decay)
     return engine
@@ -192,6 +193,16 @@ def _does_as_told(optimizer: torch.optim.Optimizer) -> None:
         return step(*args, **kwargs)
 
     optimizer.step = obedient
+
+
+def _looks_at_whole_buffers(optimizer) -> None:
+    """Let DeepSpeed's bf16 optimizer (stage 1) take the gradient's norm and clip it buffer by buffer:
+    by itself it launches a few kernels for each of a UNet's hundreds of tensors."""
+    buffers = getattr(optimizer, "fp32_groups_actual_gradients_flat", None)
+    if buffers and all(buffer.dtype == torch.float32 for buffer in buffers):  # others it would copy
+        optimizer.get_grads_for_norm = lambda for_clipping=False: (
+            buffers if for_clipping else (buffers, {})
+        )
 
 
 class Skips:

@@ -99,13 +99,21 @@ def spoil(first: int):
 
 
 def gradients(kept: bool):
-    """No fault: whether the parameters still have theirs when the optimizer steps is looked at."""
+    """No fault: whether the parameters still have theirs when the optimizer steps is looked at, and
+    the norm that it takes of its few buffers is compared with that of all tensors."""
     step = train.step_optimizer
 
     def looking(engine):
         weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
         assert {weight.grad is not None for weight in weights} == {kept}
-        return step(engine)
+        groups = engine.optimizer.fp32_groups_gradients
+        assert len(engine.optimizer.get_grads_for_norm()[0]) == len(groups) < len(weights)
+        tensors = [gradient.clone() for group in groups for gradient in group]
+        norm = step(engine)
+        expected = torch.nn.utils.get_total_norm(tensors)
+        if not kept and (norm.isfinite() or expected.isfinite()):
+            torch.testing.assert_close(norm, expected)
+        return norm
 
     return instead(train, "step_optimizer", looking)
 
