@@ -18,11 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dde_fast.reference import accumulation_dtype, number_of_pairs, same_layout
+from dde_fast.triton_configs import Config, choose, fixed
 
-BLOCK = 1024
-"""Elements a program reads at a time: 8 per thread, two or one 128-bit loads in 16 bits or fp32."""
-NUM_WARPS = 128 // (64 if torch.version.hip else 32)
-"""128 threads: AMD's warps have 64, and with four of those 16-bit loads would be half as wide."""
 MAX_CHUNKS = 64
 """Partial sums of a sample that the second launch adds up."""
 
@@ -273,28 +270,36 @@ def preference_loss(
         dtype = accumulation_dtype(policy, target)
     pairs, n = number_of_pairs(policy, target), policy[0].numel()
     rows = 2 * pairs
-    chunk = triton.cdiv(triton.cdiv(n, MAX_CHUNKS), BLOCK) * BLOCK
-    chunks = triton.cdiv(n, chunk)
     new = policy.new_empty
-    partial = new((3, rows, chunks), dtype=dtype)
     loss, logits, margin = (new(size, dtype=dtype) for size in ((), (pairs,), (pairs,)))
     policy_error = new((rows,), dtype=dtype)
     reference_error = None if mode == "none" else new((rows,), dtype=dtype)
-    pair_errors_kernel[rows, chunks](
-        policy,
-        reference if mode == "prediction" else policy,
-        target,
-        partial,
-        pairs,
-        n,
-        chunk,
-        CHUNKS=chunks,
-        REFERENCE=REFERENCE[mode],
-        SHARED_POLICY=policy.shape[0] == pairs,
-        SHARED_TARGET=target.shape[0] == pairs,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+
+    def sum_up(config: Config) -> Tensor:
+        block = config.block
+        chunk = triton.cdiv(triton.cdiv(n, MAX_CHUNKS), block) * block
+        chunks = triton.cdiv(n, chunk)
+        partial = new((3, rows, chunks), dtype=dtype)
+        pair_errors_kernel[rows, chunks](
+            policy,
+            reference if mode == "prediction" else policy,
+            target,
+            partial,
+            pairs,
+            n,
+            chunk,
+            CHUNKS=chunks,
+            REFERENCE=REFERENCE[mode],
+            SHARED_POLICY=policy.shape[0] == pairs,
+            SHARED_TARGET=target.shape[0] == pairs,
+            BLOCK=block,
+            num_warps=config.num_warps,
+        )
+        return partial
+
+    partial = sum_up(choose("pair_errors", policy, n, sum_up))
+    chunks = partial.shape[2]
+    block, num_warps = fixed("pair_logits", policy.device, n)
     pair_logits_kernel[(1,)](
         partial,
         reference.contiguous() if mode == "errors" else partial,
@@ -317,8 +322,8 @@ def preference_loss(
         HALVES=timesteps.shape[0] == rows,
         REFERENCE=REFERENCE[mode],
         LINK=LINK[link],
-        BLOCK_B=min(32, triton.next_power_of_2(pairs)),
-        num_warps=NUM_WARPS,
+        BLOCK_B=min(block, triton.next_power_of_2(pairs)),
+        num_warps=num_warps,
     )
     return loss, logits, policy_error, reference_error, margin
 
@@ -343,29 +348,33 @@ def preference_loss_backward(
     policy, target, out = same_layout(policy, target, gradient)
     pairs, n = len(logits), policy[0].numel()
     absent = logits
-    preference_loss_backward_kernel[policy.shape[0], triton.cdiv(n, BLOCK)](
-        grad_loss if grad_loss is not None else absent,
-        grad_logits.contiguous() if grad_logits is not None else absent,
-        grad_policy_error.contiguous() if grad_policy_error is not None else absent,
-        policy,
-        target,
-        timesteps.contiguous(),
-        logits.contiguous(),
-        weights.contiguous(),
-        out,
-        pairs,
-        n,
-        len(weights),
-        beta,
-        lose_weight,
-        label_smoothing,
-        HAS_LOSS=grad_loss is not None,
-        HAS_LOGITS=grad_logits is not None,
-        HAS_ERROR=grad_policy_error is not None,
-        SHARED_POLICY=policy.shape[0] == pairs,
-        SHARED_TARGET=target.shape[0] == pairs,
-        LINK=LINK[link],
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+
+    def launch(config: Config) -> None:
+        preference_loss_backward_kernel[policy.shape[0], triton.cdiv(n, config.block)](
+            grad_loss if grad_loss is not None else absent,
+            grad_logits.contiguous() if grad_logits is not None else absent,
+            grad_policy_error.contiguous() if grad_policy_error is not None else absent,
+            policy,
+            target,
+            timesteps.contiguous(),
+            logits.contiguous(),
+            weights.contiguous(),
+            out,
+            pairs,
+            n,
+            len(weights),
+            beta,
+            lose_weight,
+            label_smoothing,
+            HAS_LOSS=grad_loss is not None,
+            HAS_LOGITS=grad_logits is not None,
+            HAS_ERROR=grad_policy_error is not None,
+            SHARED_POLICY=policy.shape[0] == pairs,
+            SHARED_TARGET=target.shape[0] == pairs,
+            LINK=LINK[link],
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+
+    launch(choose("preference_loss_backward", policy, n, launch))
     return out if out.stride() == gradient.stride() else gradient.copy_(out)

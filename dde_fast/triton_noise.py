@@ -13,10 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dde_fast.reference import MASK32, dense_rows, empty_noised
-from dde_fast.triton_kernels import NUM_WARPS
-
-BLOCK = 256
-"""Philox blocks of a program, four elements each."""
+from dde_fast.triton_configs import Config, choose, fixed
 
 
 @triton.jit
@@ -230,7 +227,8 @@ def pair_uniform(
 ) -> Tensor:
     """`dde_fast.noise.pair_uniform` in one launch."""
     out = torch.empty(len(pair_ids), dtype=torch.float32, device=pair_ids.device)
-    pair_uniform_kernel[(triton.cdiv(len(pair_ids), BLOCK),)](
+    block, num_warps = fixed("pair_uniform", pair_ids.device, len(pair_ids))
+    pair_uniform_kernel[(triton.cdiv(len(pair_ids), block),)](
         pair_ids.contiguous(),
         draws.contiguous(),
         MASK32 - choice,
@@ -238,7 +236,8 @@ def pair_uniform(
         (seed >> 32) & MASK32,
         out,
         len(pair_ids),
-        BLOCK=BLOCK,
+        BLOCK=block,
+        num_warps=num_warps,
     )
     return out
 
@@ -251,26 +250,30 @@ def _launch(noise, pair_ids, draws, seed, latents=None, timesteps=None, alphas=N
     channels, space = 1, n
     if latents_last or out_last:
         channels, space = noise.shape[1], noise[0, 0].numel()
-    add_noise_kernel[pairs, triton.cdiv(n, 4 * BLOCK)](
-        noise if latents is None else latents,
-        pair_ids if timesteps is None else timesteps.contiguous(),
-        noise if alphas is None else alphas.contiguous(),
-        pair_ids,
-        draws,
-        seed & MASK32,
-        (seed >> 32) & MASK32,
-        noise if noisy is None else noisy,
-        noise,
-        pairs,
-        n,
-        space,
-        1 if alphas is None else len(alphas),
-        HALVES=timesteps is not None and len(timesteps) == 2 * pairs,
-        ONLY_NOISE=latents is None,
-        CHANNELS=channels,
-        LATENTS_LAST=latents_last,
-        OUT_LAST=out_last,
-        TILES=out_last and BLOCK % channels == 0 and space % 4 == 0,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+
+    def launch(config: Config) -> None:
+        add_noise_kernel[pairs, triton.cdiv(n, 4 * config.block)](
+            noise if latents is None else latents,
+            pair_ids if timesteps is None else timesteps.contiguous(),
+            noise if alphas is None else alphas.contiguous(),
+            pair_ids,
+            draws,
+            seed & MASK32,
+            (seed >> 32) & MASK32,
+            noise if noisy is None else noisy,
+            noise,
+            pairs,
+            n,
+            space,
+            1 if alphas is None else len(alphas),
+            HALVES=timesteps is not None and len(timesteps) == 2 * pairs,
+            ONLY_NOISE=latents is None,
+            CHANNELS=channels,
+            LATENTS_LAST=latents_last,
+            OUT_LAST=out_last,
+            TILES=out_last and config.block % channels == 0 and space % 4 == 0,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+
+    launch(choose("add_noise", noise, n, launch))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_T = 256
+from dde_fast.triton_configs import fixed
 
 
 @triton.jit
@@ -101,7 +101,8 @@ def observe_ratios(
 ) -> None:
     """`dde_fast.ratios.observe_ratios` in one launch."""
     pairs, steps = policy_error.shape[0] // 2, sums.shape[1]
-    observe_ratios_kernel[(triton.cdiv(steps, BLOCK_T),)](
+    block, num_warps = fixed("observe_ratios", sums.device, steps)
+    observe_ratios_kernel[(triton.cdiv(steps, block),)](
         sums,
         policy_error.contiguous(),
         reference_error.contiguous(),
@@ -109,7 +110,8 @@ def observe_ratios(
         scale.contiguous(),
         pairs,
         steps,
-        BLOCK_T=BLOCK_T,
+        BLOCK_T=block,
+        num_warps=num_warps,
     )
 
 
@@ -120,4 +122,6 @@ def update_ratios(
     decay: float,
 ) -> None:
     """`dde_fast.ratios.update_ratios` in one launch."""
-    update_ratios_kernel[(1,)](ratios, margins, sums, 1 - decay, sums.shape[1], BLOCK_T=BLOCK_T)
+    block, num_warps = fixed("update_ratios", sums.device, sums.shape[1])
+    args = (ratios, margins, sums, 1 - decay, sums.shape[1])
+    update_ratios_kernel[(1,)](*args, BLOCK_T=block, num_warps=num_warps)

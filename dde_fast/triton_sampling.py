@@ -13,10 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dde_fast.reference import accumulation_dtype, same_layout
-from dde_fast.triton_kernels import NUM_WARPS
+from dde_fast.triton_configs import Config, choose, fixed
 
-BLOCK = 1024
-"""Elements of a program: 8 per thread, one or two 128-bit accesses in 16 bits or fp32."""
 PREDICTION = {"epsilon": 0, "v_prediction": 1, "sample": 2}
 
 
@@ -176,24 +174,31 @@ def ddim_step(
         prediction, sample, given, out = same_layout(prediction, sample, given, made)
     batch, rows, n = len(sample), len(given), sample[0].numel()
     coefficients = coefficients.contiguous()
-    blocks = triton.cdiv(n, BLOCK)
-    partial = sample.new_empty((rows, blocks), dtype=dtype)
     log_prob = sample.new_empty(rows, dtype=dtype)
-    ddim_step_kernel[batch, blocks](
-        prediction,
-        sample,
-        given,
-        coefficients,
-        given if out is None else out,
-        partial,
-        batch,
-        rows // batch,
-        n,
-        MAKE=out is not None,
-        PREDICTION=PREDICTION[prediction_type],
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+
+    def step(config: Config) -> Tensor:
+        blocks = triton.cdiv(n, config.block)
+        partial = sample.new_empty((rows, blocks), dtype=dtype)
+        ddim_step_kernel[batch, blocks](
+            prediction,
+            sample,
+            given,
+            coefficients,
+            given if out is None else out,
+            partial,
+            batch,
+            rows // batch,
+            n,
+            MAKE=out is not None,
+            PREDICTION=PREDICTION[prediction_type],
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+        return partial
+
+    partial = step(choose("ddim_step", sample, n, step))
+    blocks = partial.shape[1]
+    block, num_warps = fixed("ddim_density", sample.device, n)
     ddim_density_kernel[(rows,)](
         partial,
         coefficients,
@@ -201,8 +206,8 @@ def ddim_step(
         batch,
         n,
         blocks,
-        BLOCK=min(256, triton.next_power_of_2(blocks)),
-        num_warps=1,
+        BLOCK=min(block, triton.next_power_of_2(blocks)),
+        num_warps=num_warps,
     )
     if made is not None and out.stride() != made.stride():
         made.copy_(out)
@@ -226,22 +231,26 @@ def ddim_step_backward(
     # the gradient is written in its own memory order, so the inputs must have that one too
     out, prediction, sample, next_sample, *rest = same_layout(*tensors)
     batch, n = len(sample), sample[0].numel()
-    ddim_step_backward_kernel[batch, triton.cdiv(n, BLOCK)](
-        rest[0] if rest else next_sample,
-        next_sample if grad_log_prob is None else grad_log_prob.contiguous(),
-        prediction,
-        sample,
-        next_sample,
-        coefficients.contiguous(),
-        out,
-        batch,
-        len(next_sample) // batch,
-        n,
-        HAS_NEXT=grad_next is not None,
-        HAS_LOG_PROB=grad_log_prob is not None,
-        PREDICTION=PREDICTION[prediction_type],
-        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-    )
+
+    def launch(config: Config) -> None:
+        ddim_step_backward_kernel[batch, triton.cdiv(n, config.block)](
+            rest[0] if rest else next_sample,
+            next_sample if grad_log_prob is None else grad_log_prob.contiguous(),
+            prediction,
+            sample,
+            next_sample,
+            coefficients.contiguous(),
+            out,
+            batch,
+            len(next_sample) // batch,
+            n,
+            HAS_NEXT=grad_next is not None,
+            HAS_LOG_PROB=grad_log_prob is not None,
+            PREDICTION=PREDICTION[prediction_type],
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+        )
+
+    launch(choose("ddim_step_backward", sample, n, launch))
     return out if out.stride() == gradient.stride() else gradient.copy_(out)

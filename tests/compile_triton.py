@@ -16,8 +16,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from dde_fast import triton_configs, triton_noise, triton_ratios, triton_sampling
 from dde_fast import triton_kernels as kernels
-from dde_fast import triton_noise, triton_ratios, triton_sampling
 
 
 def cases(dtype: str):
@@ -31,7 +31,6 @@ def cases(dtype: str):
             "REFERENCE": 1,
             "SHARED_POLICY": False,
             "SHARED_TARGET": True,
-            "BLOCK": kernels.BLOCK,
         },
     )
     pointers = ("p_loss", "p_logits", "p_policy_error", "p_reference_error", "p_margin")
@@ -54,7 +53,6 @@ def cases(dtype: str):
             "HALVES": False,
             "REFERENCE": 1,
             "LINK": kernels.LINK["sigmoid"],
-            "BLOCK_B": 32,
         },
     )
     gradients = ("p_grad_loss", "p_grad_logits", "p_grad_policy_error")
@@ -78,7 +76,6 @@ def cases(dtype: str):
             "SHARED_POLICY": False,
             "SHARED_TARGET": True,
             "LINK": kernels.LINK["sigmoid"],
-            "BLOCK": kernels.BLOCK,
         },
     )
 
@@ -101,7 +98,6 @@ def cases(dtype: str):
                 "LATENTS_LAST": last,
                 "OUT_LAST": last,
                 "TILES": last,
-                "BLOCK": triton_noise.BLOCK,
             },
         )
     yield from step_cases(dtype, accumulate)
@@ -112,7 +108,7 @@ def step_cases(dtype: str, accumulate: str):
     counts = dict.fromkeys(("batch", "candidates", "N"), "i32")
     latents = ("p_prediction", "p_sample", "p_given", "p_next", "p_gradient", "p_grad_next")
     forward = {**dict.fromkeys(latents[:4], f"*{dtype}"), "p_partial": f"*{accumulate}"}
-    constants = {"PREDICTION": 0, "BLOCK": triton_sampling.BLOCK}
+    constants = {"PREDICTION": 0}
     yield (
         triton_sampling.ddim_step_kernel,
         {**forward, **coefficients, **counts},
@@ -145,7 +141,7 @@ def table_cases():
                 "p_coefficients": "*fp32",
                 **dict.fromkeys(("batch", "N", "blocks"), "i32"),
             },
-            {"BLOCK": 256},
+            {},
         )
     yield (
         triton_noise.pair_uniform_kernel,
@@ -155,7 +151,7 @@ def table_cases():
             "p_out": "*fp32",
             "pairs": "i32",
         },
-        {"BLOCK": triton_noise.BLOCK},
+        {},
     )
     yield (
         triton_ratios.observe_ratios_kernel,
@@ -165,7 +161,7 @@ def table_cases():
             "p_timesteps": "*i64",
             **dict.fromkeys(("pairs", "num_timesteps"), "i32"),
         },
-        {"BLOCK_T": triton_ratios.BLOCK_T},
+        {},
     )
     yield (
         triton_ratios.update_ratios_kernel,
@@ -175,7 +171,7 @@ def table_cases():
             "rate": "fp64",
             "num_timesteps": "i32",
         },
-        {"BLOCK_T": triton_ratios.BLOCK_T},
+        {},
     )
 
 
@@ -248,6 +244,9 @@ VARIANTS = [
 """Other branches of the kernels, compiled in float32."""
 WITH_VARIANTS = ("sm_90", "gfx942")
 """Targets to compile those for: one of each vendor, for time."""
+WITH_CANDIDATES = ("sm_90", "fp64")
+"""Target and dtype to compile for in every configuration that tuning may take: the dtype takes the
+most registers and shared memory; one of each, for time."""
 
 
 def target_of(name: str) -> GPUTarget:
@@ -256,7 +255,7 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64)
 
 
-def compile_for(target: GPUTarget, kernel, signature: dict, constexprs: dict):
+def compile_for(target: GPUTarget, kernel, signature: dict, constexprs: dict, num_warps: int):
     names = kernel.arg_names
     for parameter in kernel.params:  # a launch makes a float fp32 unless the kernel says otherwise
         kind = signature.get(parameter.name, "")
@@ -270,21 +269,34 @@ def compile_for(target: GPUTarget, kernel, signature: dict, constexprs: dict):
     }
     constants = {(names.index(name),): value for name, value in constexprs.items()}
     source = ASTSource(kernel, signature, constants, attrs)
-    # as many threads as the launchers take
-    return compile(source, target=target, options={"num_warps": 128 // target.warp_size})
+    return compile(source, target=target, options={"num_warps": num_warps})
 
 
-def describe(target: GPUTarget, dtype: str, variant: dict, kernel, signature, constexprs) -> dict:
+def configurations(target: str, kernel) -> tuple[set, set]:
+    """What the table gives a kernel on a target, for whatever N, and what else tuning may take."""
+    name = kernel.__name__.removesuffix("_kernel")
+    sizes = {row[1] for row in triton_configs.FIXED[name]}
+    fixed = {triton_configs.serving(name, target, n) for n in sizes}
+    tried = fixed if name in triton_configs.TUNED else ()
+    return fixed, {other for config in tried for other in triton_configs.candidates(config)} - fixed
+
+
+def describe(name: str, dtype: str, variant: dict, kernel, signature, constexprs, config) -> dict:
+    target = target_of(name)
+    (block,) = (argument for argument in kernel.arg_names if argument.startswith("BLOCK"))
+    constexprs = {**constexprs, block: config.block}
     chosen = {name: variant.get(name, value) for name, value in constexprs.items()}
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled = compile_for(target, kernel, signature, chosen)
+        compiled = compile_for(target, kernel, signature, chosen, config.num_warps)
     # the same kernel again, under another dtype that it does not see, comes from Triton's cache
     log = LOGS.setdefault(compiled.hash, log.getvalue())
     found = (of_nvidia if target.backend == "cuda" else of_amd)(compiled, log)
     return {
+        "target": name,
         "kernel": kernel.__name__,
         "dtype": dtype,
         "variant": variant,
+        "config": config,
         "shared_bytes": compiled.metadata.shared,
         **found,
     }
@@ -298,8 +310,12 @@ def main() -> None:
             todo += [("fp32", variant) for variant in VARIANTS]
         work = [(dtype, variant, case) for dtype, variant in todo for case in cases(dtype)]
         for dtype, variant, case in work + [("", {}, case) for case in table_cases()]:
-            row = describe(target_of(name), dtype, variant, *case)
-            print(json.dumps({"target": name, **row}))
+            fixed, others = configurations(name, case[0])
+            if variant or (name, dtype) != WITH_CANDIDATES:
+                others = set()
+            for config in fixed | others:
+                row = describe(name, dtype, variant, *case, config)
+                print(json.dumps({**row, "candidate": config in others}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import triton.language as tl
 from conftest import DEVICE
 from test_noise import PUBLISHED
 
-from dde_fast import triton_noise
+from dde_fast import triton_configs, triton_noise
 
 SCRIPT = Path(__file__).with_name("compile_triton.py")
 
@@ -45,9 +45,10 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("target", SHARED_BYTES)
 def test_kernels_compile_ahead_of_time(target, compiled):
-    rows = [row for row in compiled if row["target"] == target]
+    rows = [row for row in compiled if row["target"] == target and not row["candidate"]]
     with_variants = target in ("sm_90", "gfx942")
-    assert len(rows) == 8 * (4 + 6 * with_variants) + 5
+    # more where the table's row depends on N
+    assert len(rows) >= 8 * (4 + 6 * with_variants) + 5
     for row in rows:
         # one program, whose every load waits for the last: some ptxas park a value or two, so that 32
         # registers do
@@ -74,6 +75,14 @@ def test_kernels_compile_ahead_of_time(target, compiled):
             assert len(row["stores"]) == row["stores"].count(128) + 1, row
         if row["kernel"] == "ddim_step_backward_kernel":
             assert row["loads"].count(128) >= 1 and set(row["stores"]) == {128}, row
+
+
+def test_what_tuning_may_take_fits(compiled):
+    rows = [row for row in compiled if row["candidate"]]
+    assert {row["kernel"].removesuffix("_kernel") for row in rows} == {*triton_configs.TUNED}
+    for row in rows:
+        assert row["binary_bytes"] > 0 and row["spilled"] == 0, row
+        assert row["shared_bytes"] <= SHARED_BYTES[row["target"]], row
 
 
 @triton.jit
