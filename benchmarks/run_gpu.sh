@@ -6,7 +6,7 @@
 # Uses the python3 on PATH with the packages it holds (nothing is downloaded). PARTS are done in that
 # order, all of them unless given, which takes half an hour; `tests` alone MINUTES=10, `levers` 6, `steps` 9.
 # Each command has a budget, and what earlier ones left of theirs; what is cut off, failed or skipped is said, and stands in
-# OUT/not-done.txt. OUT gets kernels-*.json, unet-levers-*.json, train-step-*.json (scaling-sd15.json
+# OUT/not-done.txt. OUT gets kernels-*.json, tuned-*.json, unet-levers-*.json, train-step-*.json (scaling-sd15.json
 # where there are several GPUs), and logs.tar.gz: these again and a log of everything. Each call its own.
 # DDE_FAST_COMMIT names the commit of a tree without .git. Exit status: 0 if all of it ran and passed.
 set -uo pipefail
@@ -51,6 +51,13 @@ kernels() {
         --benchmark-columns=median,iqr,rounds --benchmark-json="$out/kernels-$1.json"
 }
 
+# tuned OP SECONDS: Triton's rows again, tuned; the log holds rows for dde_fast/triton_configs.py
+tuned() {
+    part "tuned-$1" "$2" env DDE_FAST_AUTOTUNE=1 BENCH_BATCHES="16" BENCH_SECONDS=0.05 python3 -m pytest \
+        "benchmarks/bench_$1.py" -k "triton and warm and not sd3" --benchmark-only -q -s \
+        --benchmark-columns=median,iqr,rounds --benchmark-json="$out/tuned-$1.json"
+}
+
 # script NAME SECONDS COMMAND…: a benchmark that writes NAME.json
 script() {
     local name=$1 seconds=$2
@@ -74,7 +81,10 @@ if wanted build; then
 fi
 # pytest is content even if it skips every test
 wanted cuda && part cuda 90 bash -o pipefail -c 'python3 -m pytest tests/test_cuda.py tests/test_cuda_ops.py -q -rs | tee /dev/stderr | grep " passed"'
-if wanted kernels; then kernels noise 40; kernels ddim 40; kernels loss 110; fi
+if wanted kernels; then
+    kernels noise 40; kernels ddim 40; kernels loss 110
+    tuned noise 25; tuned ddim 25; tuned loss 40
+fi
 wanted tests && part tests 600 bash -c tests
 if wanted levers; then
     script unet-levers-sd15 200 benchmarks/unet_levers.py sd15
