@@ -9,16 +9,12 @@ clipping; and, where it names them, optimizer and scheduler. Everything wrong wi
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import tyro
-
+from dde_fast.command_line import parse_command_line
 from dde_fast.objectives import get_objective
 
 
@@ -256,25 +252,6 @@ OFFLINE = (
 ONLINE = "prompts reward sampling_steps guidance_scale".split()
 GUIDED = "reward_target reward_step".split()
 """Fields that some objectives alone use."""
-
-
-def parse_command_line(kind: type, args: Sequence[str] | None, **options: Any) -> Any:
-    """`tyro.cli` whose complaint is one line.
-
-    Raises:
-        ValueError: what tyro says of an unknown flag or a value of the wrong kind.
-    """
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=args, **options)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # tyro explains in a box of several lines; its first row says what is wrong
-        rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
-        message = " ".join(rows[: next(i for i, row in enumerate(rows) if set(row) <= set("─╰╯"))])
-        raise ValueError(f"command line: {message}; --help lists every flag") from None
 
 
 def parse(args: Sequence[str] | None = None) -> TrainConfig:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ from dde_fast.cache import Cache, is_cache
 from dde_fast.compilation import check_compile_settings
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json, read_sizes
-from dde_fast.flops import peak_of
+from dde_fast.gpus import Gpus, find_gpus
 from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes, summed_at_once
 from dde_fast.objectives import get_objective
 from dde_fast.optimizers import OPTIMIZERS, check_optimizer
@@ -52,18 +51,6 @@ ENOUGH = 6e12
 """Operations in one forward pass of the policy that keep a GPU busy: 4 pairs of SD 1.5, one of SDXL."""
 USEFUL = 8
 """Times the micro-batch that keeps a GPU busy: a larger one gains nothing."""
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """What is to be trained on."""
-
-    count: int
-    memory: int
-    """Bytes of each."""
-    name: str
-    peak: float | None
-    """10¹² operations per second of each; None where not known."""
 
 
 @dataclass(frozen=True)
@@ -196,26 +183,6 @@ def shapes_in(cache: Cache) -> dict[str, Any]:
         "embedding": tuple(cache.empty["embeddings"].shape),
         "pooled": None if pooled is None else len(pooled),
     }
-
-
-def find_gpus(c: TrainConfig, dtype: torch.dtype) -> Gpus:
-    """The GPUs to plan for: those asked for, else this machine's.
-
-    Raises:
-        ValueError: there are none, and none were asked for.
-    """
-    here = torch.cuda.device_count()
-    if not (here or c.plan_memory):
-        raise ValueError(
-            "plan_memory: expected the GiB of a GPU, as this machine has none, got 0; with "
-            "--plan_gpus and --plan_memory other machines can be planned for"
-        )
-    count = c.plan_gpus or max(here, int(os.environ.get("WORLD_SIZE", 1)))
-    if c.plan_memory:
-        return Gpus(count, round(c.plan_memory * 2**30), "", c.peak_tflops or None)
-    found = torch.cuda.get_device_properties(0)
-    peak = peak_of(c, dtype, torch.device("cuda", 0))
-    return Gpus(count, found.total_memory, found.name, peak)
 
 
 def make_plan(
