@@ -134,6 +134,10 @@ class TrainConfig:
     attention: str = "sdpa"
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash, cudnn or efficient (that kernel of
     PyTorch's or an error), xformers, or eager."""
+    channels_last: bool = False
+    """Run the convolutions of both UNets in channels_last memory order, on latents noised in it. ZeRO
+    keeps weights that are trained in the default order: convolutions convert those at each call. No
+    gain on a CPU; on a GPU not measured yet."""
     compile: str = ""
     """Run both UNets through torch.compile: regional (their transformer blocks) or whole, which may
     take minutes, told after the first step; none by default. At ZeRO stages 0 to 2."""

@@ -50,6 +50,7 @@ from dde_fast.forward import PairForward
 from dde_fast.grids import Grids
 from dde_fast.inputs import Inputs, describe, read_inputs
 from dde_fast.loader import Loader, PairStream
+from dde_fast.memory_order import use_memory_order
 from dde_fast.metrics import Meter, RunLog, winner_warning
 from dde_fast.online import FORWARDS, OnlineForward, reward_failure, trained_steps
 from dde_fast.prepare import Preparation
@@ -281,6 +282,7 @@ def build(
 ) -> PairForward | OnlineForward:
     """Everything that an optimizer step needs, on the device."""
     engine = start_engine(c, e, inputs.unet)
+    use_memory_order(engine.module, c, e.stage)
     use_compile(engine.module, c.compile)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
@@ -289,6 +291,7 @@ def build(
         reference = lora.AdaptersOff(engine)
     elif runs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
+        use_memory_order(reference, c, 3 if c.shard_reference else 0)
         use_attention(reference, c.attention, e.dtype, device)
         use_compile(reference, c.compile)
         if c.shard_reference:
