@@ -136,11 +136,12 @@ class TrainConfig:
     PyTorch's or an error), xformers, or eager."""
     channels_last: bool = False
     """Run the convolutions of both UNets in channels_last memory order, on latents noised in it. ZeRO
-    keeps weights that are trained in the default order: convolutions convert those at each call. No
-    gain on a CPU; on a GPU not measured yet."""
+    keeps weights that are trained in the default order: convolutions convert those at each call. What
+    it gains, if anything, is not measured on a GPU yet."""
     compile: str = ""
-    """Run both UNets through torch.compile: regional (their transformer blocks) or whole, which may
-    take minutes, told after the first step; none by default. At ZeRO stages 0 to 2."""
+    """Run both UNets through torch.compile: regional (their transformer blocks), whole, which may
+    take minutes, told after the first step, or graphs: whole, replayed as CUDA graphs, and refused where
+    gradients are kept between micro-batches; none by default. At ZeRO stages 0 to 2."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
     shuffle_block: int = 0

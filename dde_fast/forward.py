@@ -28,7 +28,7 @@ class PairForward:
         loss_fn: PreferenceLoss,
     ):
         device = loss_fn.ratios.device
-        self.engine, self.reference, self.loss_fn = engine, reference, loss_fn
+        self.c, self.engine, self.reference, self.loss_fn = c, engine, reference, loss_fn
         self.noising = Noising(
             inputs.alphas_cumprod.to(device),
             inputs.timesteps,

@@ -5,7 +5,8 @@ Nothing is loaded: the UNet of the model's configuration is counted on the meta 
 memory less `MARGIN` the planner takes, in this order,
 
 1. ZeRO stage 3, which gathers weights in every pass, only where no lower one fits, and never with
-   `compile`, which needs them whole;
+   `compile`, which needs them whole; with CUDA graphs no stage that keeps gradients between
+   micro-batches;
 2. a micro-batch of at least `ENOUGH` operations in one forward pass, else half of that, …;
 3. the blocks whose recomputation costs the fewest operations;
 4. the lowest ZeRO stage;
@@ -33,7 +34,7 @@ from dde_fast import activations, lora, models
 from dde_fast.activations import Activations, Option
 from dde_fast.attention import check_attention
 from dde_fast.cache import Cache, is_cache
-from dde_fast.compilation import check_compile_settings
+from dde_fast.compilation import check_compile_settings, check_graphs, keeps_gradients
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json, read_sizes
 from dde_fast.gpus import Gpus, find_gpus
@@ -199,7 +200,7 @@ def make_plan(
 
     Raises:
         ValueError: nothing fits, saying how much is missing, or the batch cannot be split; as
-            `stages_of`.
+            `stages_of`, and as `check_graphs` where no choice is left.
     """
     (batch, _), forward = batch_of(c, raw, gpus.count), 2 * model.activations.forward
     if batch % gpus.count:
@@ -216,6 +217,8 @@ def make_plan(
         for option, stage, micro in itertools.product(options, some, sensible):
             choice = with_choice(raw, batch, micro, gpus.count, stage)
             e = complete(choice, c, gpus.count, here=False)
+            if c.compile == "graphs" and keeps_gradients(e):
+                continue
             needs = model.needs(c, e, option.peak)
             total = sum(needs.values()) + CONTEXT
             if total <= (1 - MARGIN) * gpus.memory:
@@ -223,6 +226,8 @@ def make_plan(
                 speed = speed_of(c, operations, gpus.count, gpus.peak)
                 return Plan(e, option, needs, operations, speed)
             least_needed = min(least_needed, total / (1 - MARGIN))
+    if math.isinf(least_needed):
+        check_graphs(c, e)
     raise ValueError(
         f"plan_memory: expected at least {least_needed / 2**30:.3g} GiB on each of {gpus.count} GPUs, "
         f"{MARGIN:.0%} of it to stay free, got {gpus.memory / 2**30:.3g}; more GPUs take less each, and "

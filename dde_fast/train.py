@@ -31,7 +31,7 @@ import torch.distributed as dist
 from dde_fast import checkpoint, config, export, flops, forecast, lora, models, planner
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
-from dde_fast.compilation import CompileTime, eagerly, use_compile
+from dde_fast.compilation import CompileTime, begin_micro_batch, eagerly, use_compile
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import (
@@ -241,6 +241,7 @@ def take_step(
             batch = next(batches)
         if stop.agreed():
             return False
+        begin_micro_batch(forward.c)
         out = forward(batch)
         engine.backward(out.loss)
         observed.append(out.detach())

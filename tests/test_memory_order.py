@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_compilation import LORA, OFFLINE, ONLINE
+from test_compilation import ACCUMULATED, LORA, OFFLINE, ONLINE, without
 from train_runs import BF16, HALF, OBJECTIVE_STEPS, Folder, fails, stage
 from variants import distance, same_run, weights
 
@@ -14,7 +14,6 @@ from dde_fast import export, models
 from dde_fast.config import TrainConfig
 from dde_fast.memory_order import use_memory_order
 
-ACCUMULATED = {**HALF, "gradient_accumulation_steps": 2}
 RUNS = {
     "zero0": {},
     "zero1": {"ds": stage(1, **ACCUMULATED)},
@@ -48,8 +47,7 @@ def runs(tmp_path_factory) -> Folder:
                 continue  # the eager run is there
             given = folder.args(name + end, **flags)
             if "objective" in flags:
-                parts = zip(given[::2], given[1::2], strict=True)
-                given = [part for pair in parts if pair[0][2:] not in OFFLINE for part in pair]
+                given = without(OFFLINE, given)
             job = {"args": [*given, *more, *order]}
             if order:
                 job["channels_last"] = []
