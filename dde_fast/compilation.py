@@ -9,9 +9,9 @@ that equal models do not have equal predictions to the last bit, as they have in
 the compiler. Once they differ, either way rounds them apart as far.
 
 A CUDA graph writes what it gives, predictions and gradients, to the same memory at each replay.
-inductor's graph trees keep what is alive until `begin_micro_batch`; then the next replay may overwrite
-it. Predictions end with their micro-batch, as loss and log hold tensors of their own. Gradients do not
-where autograd leaves them in `.grad` until the optimizer step: `keeps_gradients`.
+inductor's graph trees keep what is alive until `begin_micro_batch`; then the next replay may
+overwrite it. Predictions end with their micro-batch, as loss and log hold tensors of their own.
+Gradients do not where autograd leaves them in `.grad` until the optimizer step: `keeps_gradients`.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def use_compile(unet: UNet2DConditionModel, name: str) -> None:
 
 
 def begin_micro_batch(c: TrainConfig) -> None:
-    """Tell CUDA graphs that what the last micro-batch computed may be overwritten. Called once in each,
-    before any model runs: the reference's prediction must outlive the policy's forward pass."""
+    """Tell CUDA graphs that what the last micro-batch computed may be overwritten. Called once in
+    each, before any model runs: the reference's prediction must outlive the policy's forward pass."""
     if c.compile == "graphs":
         torch.compiler.cudagraph_mark_step_begin()
 
 
 def keeps_gradients(e: EngineConfig) -> bool:
-    """Whether a micro-batch's gradients stay where the backward pass wrote them while the next one runs.
+    """Whether gradients stay where the backward pass wrote them while the next micro-batch runs.
 
-    Not so with ZeRO stage 2, which copies each into buffers of its own and lets go of it, unless told
-    to without `contiguous_gradients`; nor with bf16 at stage 1 whose float32 sums take it at once.
+    Not so with ZeRO stage 2, which copies each into buffers of its own and lets go of it, unless
+    `contiguous_gradients` is off; nor with bf16 at stage 1 whose float32 sums take it at once.
     """
     if e.accumulation == 1:
         return False
@@ -81,9 +81,9 @@ def check_graphs(c: TrainConfig, e: EngineConfig) -> None:
     """
     if c.compile == "graphs" and keeps_gradients(e):
         raise ValueError(
-            "compile: expected regional or whole where gradients are kept between micro-batches, which "
-            f"the next replay of a CUDA graph overwrites, got 'graphs' with {e.accumulation} of them at "
-            f"ZeRO stage {e.stage}; one of them, stage 2 with contiguous_gradients, or bf16 at stage 1 "
+            "compile: expected regional or whole where gradients are kept between micro-batches, "
+            "which the next replay of a CUDA graph overwrites, got 'graphs' with "
+            f"{e.accumulation} of them at ZeRO stage {e.stage}; one of them, stage 2 with contiguous_gradients, or bf16 at stage 1 "
             "with data_types.grad_accum_dtype fp32 and bf16.immediate_grad_update would do"
         )
 

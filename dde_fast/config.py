@@ -135,9 +135,9 @@ class TrainConfig:
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash, cudnn or efficient (that kernel of
     PyTorch's or an error), xformers, or eager."""
     channels_last: bool = False
-    """Run the convolutions of both UNets in channels_last memory order, on latents noised in it. ZeRO
-    keeps weights that are trained in the default order: convolutions convert those at each call. What
-    it gains, if anything, is not measured on a GPU yet."""
+    """Run the convolutions of both UNets in channels_last memory order, on latents noised in it.
+    ZeRO keeps weights that are trained in the default order: convolutions convert those at each
+    call. What it gains, if anything, is not measured on a GPU yet."""
     compile: str = ""
     """Run both UNets through torch.compile: regional (their transformer blocks), whole, which may
     take minutes, told after the first step, or graphs: whole, replayed as CUDA graphs, and refused where

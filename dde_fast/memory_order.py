@@ -1,9 +1,10 @@
 """channels_last: the memory order of both UNets and of what they are asked and should answer.
 
-Each convolution is given its input in that order, as diffusers' transformers and PyTorch's GroupNorm
-on CUDA leave theirs in the default one. DeepSpeed broadcasts weights in the default order alone, and
-ZeRO keeps those under training in flat buffers of that order: those the convolutions convert at each
-call. So an engine's weights are reordered once it has started, and only those that ZeRO does not hold.
+Each convolution is given its input in that order, as diffusers' transformers and PyTorch's
+GroupNorm on CUDA leave theirs in the default one. DeepSpeed broadcasts weights in the default order
+alone, and ZeRO keeps those under training in flat buffers of that order: those the convolutions
+convert at each call. So an engine's weights are reordered once it has started, and only those that
+ZeRO does not hold.
 """
 
 from __future__ import annotations
