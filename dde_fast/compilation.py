@@ -55,7 +55,7 @@ def use_compile(unet: UNet2DConditionModel, name: str) -> None:
 
 def begin_micro_batch(c: TrainConfig) -> None:
     """Tell CUDA graphs that what the last micro-batch computed may be overwritten. Called once in
-    each, before any model runs: the reference's prediction must outlive the policy's forward pass."""
+    each, before any model runs: the reference's prediction must outlive the policy's forward."""
     if c.compile == "graphs":
         torch.compiler.cudagraph_mark_step_begin()
 
@@ -83,8 +83,9 @@ def check_graphs(c: TrainConfig, e: EngineConfig) -> None:
         raise ValueError(
             "compile: expected regional or whole where gradients are kept between micro-batches, "
             "which the next replay of a CUDA graph overwrites, got 'graphs' with "
-            f"{e.accumulation} of them at ZeRO stage {e.stage}; one of them, stage 2 with contiguous_gradients, or bf16 at stage 1 "
-            "with data_types.grad_accum_dtype fp32 and bf16.immediate_grad_update would do"
+            f"{e.accumulation} of them at ZeRO stage {e.stage}; one of them, stage 2 with "
+            "contiguous_gradients, or bf16 at stage 1 with data_types.grad_accum_dtype fp32 and "
+            "bf16.immediate_grad_update would do"
         )
 
 

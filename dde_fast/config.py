@@ -140,8 +140,8 @@ class TrainConfig:
     call. What it gains, if anything, is not measured on a GPU yet."""
     compile: str = ""
     """Run both UNets through torch.compile: regional (their transformer blocks), whole, which may
-    take minutes, told after the first step, or graphs: whole, replayed as CUDA graphs, and refused where
-    gradients are kept between micro-batches; none by default. At ZeRO stages 0 to 2."""
+    take minutes, told after the first step, or graphs: whole, replayed as CUDA graphs, refused
+    where gradients are kept between micro-batches; none by default. At ZeRO stages 0 to 2."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
     shuffle_block: int = 0
