@@ -307,7 +307,9 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, help="in which each step is taken once")
     parser.add_argument("--small", action="store_true", help="tiny models, for a test")
-    parser.add_argument("--compile", default="", help="add torch.compile, regional or whole")
+    parser.add_argument(
+        "--compile", default="", help="add torch.compile: regional, whole or graphs"
+    )
     parser.add_argument("--attention", default="sdpa", choices=ATTENTION, help="of the trainer")
     parser.add_argument("--pairs", type=int, help="of a micro-batch")
     return parser.parse_args(args)

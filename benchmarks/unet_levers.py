@@ -15,7 +15,6 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +31,9 @@ from torch import Tensor
 
 from dde_fast.attention import KERNELS, use_attention
 from dde_fast.compilation import COMPILE, GRAPHS, CompileTime
+from dde_fast.config import TrainConfig
 from dde_fast.flops import flops_per_pair
+from dde_fast.memory_order import memory_order, use_memory_order
 from dde_fast.shards import write_file
 
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)
@@ -62,7 +63,7 @@ WAYS = {
     "compiled, with ResNets": Way(compile_blocks),
     "compiled, whole": Way(COMPILE["whole"]),
     "compiled, whole, channels_last": Way(COMPILE["whole"], channels_last=True),
-    "compiled, whole, CUDA graphs": Way(partial(COMPILE["whole"], mode="reduce-overhead")),
+    "compiled, whole, CUDA graphs": Way(COMPILE["graphs"]),
 }
 """Beside the default: eager, PyTorch's choice of attention, default memory order."""
 
@@ -121,9 +122,11 @@ class Model:
 
     def arrange(self, way: Way) -> None:
         """Memory order and attention of a way."""
-        order = torch.channels_last if way.channels_last else torch.contiguous_format
-        self.unet.to(memory_format=order)
-        self.inputs[0] = self.inputs[0].contiguous(memory_format=order)
+        for module in self.unet.modules():
+            module._forward_pre_hooks.clear()
+        c = TrainConfig(channels_last=way.channels_last)
+        use_memory_order(self.unet, c, stage=1)  # as in bf16, which ZeRO alone trains
+        self.inputs[0] = self.inputs[0].contiguous(memory_format=memory_order(c))
         use_attention(self.unet, way.attention, torch.bfloat16, self.slope.device)
 
 

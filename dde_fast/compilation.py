@@ -7,6 +7,11 @@ at a run with shapes of its own, validation and grids, runs without the compiler
 In 16 bits the policy's graph, which keeps what its backward needs, rounds unlike the reference's, so
 that equal models do not have equal predictions to the last bit, as they have in float32 and without
 the compiler. Once they differ, either way rounds them apart as far.
+
+A CUDA graph writes what it gives, predictions and gradients, to the same memory at each replay.
+inductor's graph trees keep what is alive until `begin_micro_batch`; then the next replay may
+overwrite it. Predictions end with their micro-batch, as loss and log hold tensors of their own.
+Gradients do not where autograd leaves them in `.grad` until the optimizer step: `keeps_gradients`.
 """
 
 from __future__ import annotations
@@ -14,12 +19,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
+from dde_fast.memory import summed_at_once
 
 GRAPHS = 64
 """Of one piece of code, before torch gives up compiling it. Its own 8 are just enough for the blocks
@@ -34,6 +41,7 @@ def _whole(unet: UNet2DConditionModel, **options) -> None:
 COMPILE: dict[str, Callable[..., None]] = {
     "regional": lambda unet: unet.compile_repeated_blocks(dynamic=False),
     "whole": _whole,
+    "graphs": partial(_whole, mode="reduce-overhead"),
 }
 """What compiles a UNet when it is first called."""
 
@@ -43,6 +51,42 @@ def use_compile(unet: UNet2DConditionModel, name: str) -> None:
     if name:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         COMPILE[name](unet)
+
+
+def begin_micro_batch(c: TrainConfig) -> None:
+    """Tell CUDA graphs that what the last micro-batch computed may be overwritten. Called once in
+    each, before any model runs: the reference's prediction must outlive the policy's forward."""
+    if c.compile == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def keeps_gradients(e: EngineConfig) -> bool:
+    """Whether gradients stay where the backward pass wrote them while the next micro-batch runs.
+
+    Not so with ZeRO stage 2, which copies each into buffers of its own and lets go of it, unless
+    `contiguous_gradients` is off; nor with bf16 at stage 1 whose float32 sums take it at once.
+    """
+    if e.accumulation == 1:
+        return False
+    if e.stage == 2:
+        return not e.json["zero_optimization"].get("contiguous_gradients", True)
+    return not summed_at_once(e.stage, e.json)
+
+
+def check_graphs(c: TrainConfig, e: EngineConfig) -> None:
+    """Refuse CUDA graphs that would overwrite gradients, on any machine.
+
+    Raises:
+        ValueError: saying what does not.
+    """
+    if c.compile == "graphs" and keeps_gradients(e):
+        raise ValueError(
+            "compile: expected regional or whole where gradients are kept between micro-batches, "
+            "which the next replay of a CUDA graph overwrites, got 'graphs' with "
+            f"{e.accumulation} of them at ZeRO stage {e.stage}; one of them, stage 2 with "
+            "contiguous_gradients, or bf16 at stage 1 with data_types.grad_accum_dtype fp32 and "
+            "bf16.immediate_grad_update would do"
+        )
 
 
 def check_compile_settings(c: TrainConfig, stage: int) -> None:
@@ -71,11 +115,18 @@ def check_compile(c: TrainConfig, e: EngineConfig, device: torch.device) -> None
     """Refuse to compile where it cannot be.
 
     Raises:
-        ValueError: as `check_compile_settings`, or a machine without a compiler that works.
+        ValueError: as `check_compile_settings` and `check_graphs`, graphs without a GPU, or a machine
+            without a compiler that works.
     """
     check_compile_settings(c, e.stage)
     if not c.compile:
         return
+    if c.compile == "graphs" and device.type != "cuda":
+        raise ValueError(
+            f"compile: expected regional or whole on {device.type}, as CUDA graphs need a GPU of "
+            "NVIDIA's, got 'graphs'"
+        )
+    check_graphs(c, e)
 
     def compiled_plus(x: torch.Tensor) -> torch.Tensor:
         return x + torch.compiler.is_compiling()

@@ -9,16 +9,12 @@ clipping; and, where it names them, optimizer and scheduler. Everything wrong wi
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import tyro
-
+from dde_fast.command_line import parse_command_line
 from dde_fast.objectives import get_objective
 
 
@@ -138,9 +134,14 @@ class TrainConfig:
     attention: str = "sdpa"
     """Of both UNets: sdpa (PyTorch chooses the kernel), flash, cudnn or efficient (that kernel of
     PyTorch's or an error), xformers, or eager."""
+    channels_last: bool = False
+    """Run the convolutions of both UNets in channels_last memory order, on latents noised in it.
+    ZeRO keeps weights that are trained in the default order: convolutions convert those at each
+    call. What it gains, if anything, is not measured on a GPU yet."""
     compile: str = ""
-    """Run both UNets through torch.compile: regional (their transformer blocks) or whole, which may
-    take minutes, told after the first step; none by default. At ZeRO stages 0 to 2."""
+    """Run both UNets through torch.compile: regional (their transformer blocks), whole, which may
+    take minutes, told after the first step, or graphs: whole, replayed as CUDA graphs, refused
+    where gradients are kept between micro-batches; none by default. At ZeRO stages 0 to 2."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
     shuffle_block: int = 0
@@ -256,25 +257,6 @@ OFFLINE = (
 ONLINE = "prompts reward sampling_steps guidance_scale".split()
 GUIDED = "reward_target reward_step".split()
 """Fields that some objectives alone use."""
-
-
-def parse_command_line(kind: type, args: Sequence[str] | None, **options: Any) -> Any:
-    """`tyro.cli` whose complaint is one line.
-
-    Raises:
-        ValueError: what tyro says of an unknown flag or a value of the wrong kind.
-    """
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=args, **options)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # tyro explains in a box of several lines; its first row says what is wrong
-        rows = [row.strip(" │") for row in box.getvalue().splitlines()[1:]]
-        message = " ".join(rows[: next(i for i, row in enumerate(rows) if set(row) <= set("─╰╯"))])
-        raise ValueError(f"command line: {message}; --help lists every flag") from None
 
 
 def parse(args: Sequence[str] | None = None) -> TrainConfig:

@@ -35,8 +35,8 @@ import torch
 from tqdm import tqdm
 
 from dde_fast import models, rewards
+from dde_fast.command_line import parse_command_line
 from dde_fast.comparison import bootstrap_interval, compare, compare_all, summarise
-from dde_fast.config import parse_command_line
 from dde_fast.engine import Ranks, launch_environment, one_line_errors, say
 from dde_fast.figures import grid, spread
 from dde_fast.manifest import DTYPES, check_settings, write_settings

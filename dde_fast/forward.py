@@ -11,6 +11,7 @@ from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.inputs import Inputs
 from dde_fast.loader import Batch
 from dde_fast.loss import PreferenceLoss, PreferenceOutput
+from dde_fast.memory_order import memory_order
 from dde_fast.noising import Noising
 
 
@@ -27,7 +28,7 @@ class PairForward:
         loss_fn: PreferenceLoss,
     ):
         device = loss_fn.ratios.device
-        self.engine, self.reference, self.loss_fn = engine, reference, loss_fn
+        self.c, self.engine, self.reference, self.loss_fn = c, engine, reference, loss_fn
         self.noising = Noising(
             inputs.alphas_cumprod.to(device),
             inputs.timesteps,
@@ -35,6 +36,7 @@ class PairForward:
             seed=c.seed,
             dtype=e.dtype,
             backend=c.backend,
+            memory_format=memory_order(c),
         )
 
     def __call__(self, batch: Batch) -> PreferenceOutput:

@@ -36,6 +36,7 @@ class Noising:
         seed: of timesteps and noise.
         dtype: of the models' inputs.
         backend: of the noise.
+        memory_format: of the noisy latents and of the target.
     """
 
     def __init__(
@@ -47,24 +48,27 @@ class Noising:
         seed: int,
         dtype: torch.dtype,
         backend: str = "auto",
+        memory_format: torch.memory_format = torch.contiguous_format,
     ):
         self.alphas_cumprod = alphas_cumprod
         self.timesteps = noise.running_sums(timesteps).to(alphas_cumprod.device)
         self.prediction_type, self.dtype = prediction_type, dtype
+        self.order = {"memory_format": memory_format}
         self.key = {"seed": seed, "backend": backend}
 
     def __call__(self, batch: Batch) -> Noised:
         # One timestep and one noise for both images of a pair
         key = {**self.key, "pair_ids": batch.pair_ids, "draw": batch.draws}
         timesteps = noise.sample_timesteps(self.timesteps, summed=True, **key)
-        noisy, eps = noise.add_noise(batch.latents, timesteps, self.alphas_cumprod, **key)
+        given = (batch.latents, timesteps, self.alphas_cumprod)
+        noisy, eps = noise.add_noise(*given, **key, **self.order)
         captions = torch.cat([batch.captions, batch.captions])
         embeddings = batch.embeddings.to(self.dtype).index_select(0, captions)
         return Noised(
             inputs=(noisy.to(self.dtype), torch.cat([timesteps, timesteps]), embeddings),
             conditions={"added_cond_kwargs": self.added(batch, captions), "return_dict": False},
             timesteps=timesteps,
-            target=self.target(batch.latents, eps, timesteps),
+            target=self.target(batch.latents, eps, timesteps).contiguous(**self.order),
         )
 
     def added(self, batch: Batch, captions: Tensor) -> dict[str, Tensor] | None:

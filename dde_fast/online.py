@@ -30,6 +30,7 @@ from dde_fast import models, noise
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.loss import PreferenceLoss, PreferenceOutput
+from dde_fast.memory_order import memory_order
 from dde_fast.objectives import get_objective
 from dde_fast.prompt_stream import PromptBatch, Prompts
 from dde_fast.rewards import REWARDS, find, load_reward, score
@@ -139,6 +140,7 @@ class OnlineForward:
     ):
         device = loss_fn.ratios.device
         self.c, self.dtype, self.device = c, e.dtype, device
+        self.order = memory_order(c)
         self.engine, self.reference, self.loss_fn = engine, reference, loss_fn
         self.steps: DDIMSteps = inputs.steps.to(device)
         self.trained = self.steps.trained(c.timestep_low, c.timestep_high)
@@ -188,7 +190,7 @@ class OnlineForward:
             time_ids = self.time_ids.expand(len(sample), -1)
             added = {"text_embeds": texts["pooled"].to(self.dtype), "time_ids": time_ids}
         prediction = model(
-            sample.to(self.dtype),
+            sample.to(self.dtype, memory_format=self.order),
             torch.full((len(sample),), timestep, device=self.device),
             texts["embeddings"].to(self.dtype),
             added_cond_kwargs=added,
@@ -239,6 +241,7 @@ class OnlineForward:
         target = self.steps.target(i, candidates, sample)
         # a reward that is no number must not pass for a preference: 0·nan shows in the loss
         target = target + 0 * rewards.reshape(-1, *[1] * (target.dim() - 1))
+        target = target.contiguous(memory_format=self.order)
         win, lose = rewards.chunk(2)
         out = self.loss_fn(policy, reference, target, self.steps.time(i, len(win)))
         ended = win if i == self.trained[-1] else torch.full_like(win, float("nan"))

@@ -5,7 +5,8 @@ Nothing is loaded: the UNet of the model's configuration is counted on the meta 
 memory less `MARGIN` the planner takes, in this order,
 
 1. ZeRO stage 3, which gathers weights in every pass, only where no lower one fits, and never with
-   `compile`, which needs them whole;
+   `compile`, which needs them whole; with CUDA graphs no stage that keeps gradients between
+   micro-batches;
 2. a micro-batch of at least `ENOUGH` operations in one forward pass, else half of that, …;
 3. the blocks whose recomputation costs the fewest operations;
 4. the lowest ZeRO stage;
@@ -21,7 +22,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +34,10 @@ from dde_fast import activations, lora, models
 from dde_fast.activations import Activations, Option
 from dde_fast.attention import check_attention
 from dde_fast.cache import Cache, is_cache
-from dde_fast.compilation import check_compile_settings
+from dde_fast.compilation import check_compile_settings, check_graphs, keeps_gradients
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json, read_sizes
-from dde_fast.flops import peak_of
+from dde_fast.gpus import Gpus, find_gpus
 from dde_fast.memory import MOMENTS, buffer_bytes, bytes_per_gpu, step_bytes, summed_at_once
 from dde_fast.objectives import get_objective
 from dde_fast.optimizers import OPTIMIZERS, check_optimizer
@@ -52,18 +52,6 @@ ENOUGH = 6e12
 """Operations in one forward pass of the policy that keep a GPU busy: 4 pairs of SD 1.5, one of SDXL."""
 USEFUL = 8
 """Times the micro-batch that keeps a GPU busy: a larger one gains nothing."""
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """What is to be trained on."""
-
-    count: int
-    memory: int
-    """Bytes of each."""
-    name: str
-    peak: float | None
-    """10¹² operations per second of each; None where not known."""
 
 
 @dataclass(frozen=True)
@@ -198,26 +186,6 @@ def shapes_in(cache: Cache) -> dict[str, Any]:
     }
 
 
-def find_gpus(c: TrainConfig, dtype: torch.dtype) -> Gpus:
-    """The GPUs to plan for: those asked for, else this machine's.
-
-    Raises:
-        ValueError: there are none, and none were asked for.
-    """
-    here = torch.cuda.device_count()
-    if not (here or c.plan_memory):
-        raise ValueError(
-            "plan_memory: expected the GiB of a GPU, as this machine has none, got 0; with "
-            "--plan_gpus and --plan_memory other machines can be planned for"
-        )
-    count = c.plan_gpus or max(here, int(os.environ.get("WORLD_SIZE", 1)))
-    if c.plan_memory:
-        return Gpus(count, round(c.plan_memory * 2**30), "", c.peak_tflops or None)
-    found = torch.cuda.get_device_properties(0)
-    peak = peak_of(c, dtype, torch.device("cuda", 0))
-    return Gpus(count, found.total_memory, found.name, peak)
-
-
 def make_plan(
     c: TrainConfig, raw: dict[str, Any], dtype: torch.dtype, model: Model, gpus: Gpus
 ) -> Plan:
@@ -232,7 +200,7 @@ def make_plan(
 
     Raises:
         ValueError: nothing fits, saying how much is missing, or the batch cannot be split; as
-            `stages_of`.
+            `stages_of`, and as `check_graphs` where no choice is left.
     """
     (batch, _), forward = batch_of(c, raw, gpus.count), 2 * model.activations.forward
     if batch % gpus.count:
@@ -249,6 +217,8 @@ def make_plan(
         for option, stage, micro in itertools.product(options, some, sensible):
             choice = with_choice(raw, batch, micro, gpus.count, stage)
             e = complete(choice, c, gpus.count, here=False)
+            if c.compile == "graphs" and keeps_gradients(e):
+                continue
             needs = model.needs(c, e, option.peak)
             total = sum(needs.values()) + CONTEXT
             if total <= (1 - MARGIN) * gpus.memory:
@@ -256,6 +226,8 @@ def make_plan(
                 speed = speed_of(c, operations, gpus.count, gpus.peak)
                 return Plan(e, option, needs, operations, speed)
             least_needed = min(least_needed, total / (1 - MARGIN))
+    if math.isinf(least_needed):
+        check_graphs(c, e)
     raise ValueError(
         f"plan_memory: expected at least {least_needed / 2**30:.3g} GiB on each of {gpus.count} GPUs, "
         f"{MARGIN:.0%} of it to stay free, got {gpus.memory / 2**30:.3g}; more GPUs take less each, and "

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from dde_fast import embedded, images, models, reference_scoring
 from dde_fast.cache import Cache
-from dde_fast.config import parse_command_line
+from dde_fast.command_line import parse_command_line
 from dde_fast.encode import encode_images, encode_prompts, read_pictures
 from dde_fast.encoding_plan import Plan, Unit, count_reasons, make_plan
 from dde_fast.engine import device_of_process, launch_environment, one_line_errors, say

@@ -22,7 +22,8 @@ import jinja2
 import tyro
 
 from dde_fast import against_base, credit, curves, levers
-from dde_fast.config import TrainConfig, parse_command_line
+from dde_fast.command_line import parse_command_line
+from dde_fast.config import TrainConfig
 from dde_fast.figures import COLOURS, Picture, Style, grid, png, styles, svg
 from dde_fast.levers import StepResult
 from dde_fast.runs import EvaluationResult, Run, read

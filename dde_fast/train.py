@@ -31,7 +31,7 @@ import torch.distributed as dist
 from dde_fast import checkpoint, config, export, flops, forecast, lora, models, planner
 from dde_fast.attention import use_attention
 from dde_fast.cache import Cache
-from dde_fast.compilation import CompileTime, eagerly, use_compile
+from dde_fast.compilation import CompileTime, begin_micro_batch, eagerly, use_compile
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import (
@@ -50,6 +50,7 @@ from dde_fast.forward import PairForward
 from dde_fast.grids import Grids
 from dde_fast.inputs import Inputs, describe, read_inputs
 from dde_fast.loader import Loader, PairStream
+from dde_fast.memory_order import use_memory_order
 from dde_fast.metrics import Meter, RunLog, winner_warning
 from dde_fast.online import FORWARDS, OnlineForward, reward_failure, trained_steps
 from dde_fast.prepare import Preparation
@@ -240,6 +241,7 @@ def take_step(
             batch = next(batches)
         if stop.agreed():
             return False
+        begin_micro_batch(forward.c)
         out = forward(batch)
         engine.backward(out.loss)
         observed.append(out.detach())
@@ -281,6 +283,7 @@ def build(
 ) -> PairForward | OnlineForward:
     """Everything that an optimizer step needs, on the device."""
     engine = start_engine(c, e, inputs.unet)
+    use_memory_order(engine.module, c, e.stage)
     use_compile(engine.module, c.compile)
     loss_fn = inputs.loss_fn.to(device).train()
     reference = None
@@ -289,6 +292,7 @@ def build(
         reference = lora.AdaptersOff(engine)
     elif runs_reference:
         reference = models.load_reference(inputs.model, e.dtype, device)
+        use_memory_order(reference, c, 3 if c.shard_reference else 0)
         use_attention(reference, c.attention, e.dtype, device)
         use_compile(reference, c.compile)
         if c.shard_reference:

@@ -1,15 +1,22 @@
 """Runs through torch.compile: the eager run's, compiled in its first step and never again."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from train_runs import BF16, OBJECTIVE_STEPS, Folder, fails, stage
+from test_forward import batch_of, forward_of
+from test_waits import STOP, PlainEngine
+from train_runs import BF16, HALF, OBJECTIVE_STEPS, Folder, fails, stage
 from variants import distance, same_run, weights
 
-from dde_fast.compilation import check_compile, eagerly, use_compile
+from dde_fast import train
+from dde_fast.compilation import check_compile, check_graphs, eagerly, use_compile
 from dde_fast.config import TrainConfig
+from dde_fast.deepspeed_config import complete
+from dde_fast.engine import Skips
+from dde_fast.metrics import Meter
 
 LORA = {"lora_rank": 2, "ema_decay": 0.5, "learning_rate": 1e-2}
 ONLINE = {"objective": "tailorpo-g", "reward": "colourfulness", "sampling_steps": 3, "beta": 20.0}
@@ -25,18 +32,23 @@ def watching(folder: Folder) -> dict:
     return flags | {"grid_prompts": folder.path / "prompts.txt", "grid_steps": 1}
 
 
+def without(names: tuple[str, ...], args: list[str]) -> list[str]:
+    """A command line of flags with a value each, some left out."""
+    pairs = zip(args[::2], args[1::2], strict=True)
+    return [part for pair in pairs if pair[0][2:] not in names for part in pair]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Folder:
     folder = Folder(tmp_path_factory.mktemp("compilation"))
     jobs = []
 
-    def run(name: str, *more: str, backend="aot_eager", without=(), **flags) -> None:
+    def run(name: str, *more: str, backend="aot_eager", left_out=(), **flags) -> None:
         """Once eagerly, once through the compiler's front without its code."""
         for kind in ("", flags.pop("compile")):
             given = folder.args(f"{name}{'_compiled' * bool(kind)}", compile=kind, **flags)
-            parts = zip(given[::2], given[1::2], strict=True)
-            args = [part for pair in parts if pair[0][2:] not in without for part in pair]
-            jobs.append({"args": [*args, *more], "backend": [backend], "steady": []})
+            args = [*without(left_out, given), *more]
+            jobs.append({"args": args, "backend": [backend], "steady": []})
 
     short = {"steps": OBJECTIVE_STEPS, "ds": stage(2)}
     run("lora", compile="regional", **short, **LORA)
@@ -44,7 +56,7 @@ def runs(tmp_path_factory) -> Folder:
     run("bf16", compile="regional", **short | {"ds": stage(1, **BF16)})
     (folder.path / "words.txt").write_text("happy\nsad\ncat\n")
     online = {**short, **ONLINE, "prompts": folder.path / "words.txt"}
-    run("online", compile="regional", without=OFFLINE, **online)
+    run("online", compile="regional", left_out=OFFLINE, **online)
 
     # with the compiler's code
     regional = {"compile": "regional"}
@@ -117,6 +129,8 @@ def test_only_a_compiled_run_continues_one(runs, capfd):
         ({"compile": "all"}, 0, "compile: expected none or one of .*regional.*, got 'all'"),
         ({"compile": "whole"}, 3, "compile: expected whole weights .* ZeRO stage 3"),
         ({"compile": "regional", "shard_reference": True}, 1, "with shard_reference"),
+        ({"compile": "graphs"}, 3, "compile: expected whole weights .* ZeRO stage 3"),
+        ({"compile": "graphs"}, 2, "compile: expected regional or whole on cpu, .* a GPU"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(changes, number, expected):
@@ -155,3 +169,87 @@ def test_eagerly_is_for_compiled_runs():
                 with eagerly(TrainConfig(compile=asked)):
                     found.append(module(torch.zeros(())).item())
     assert found == [0, 0, 0, 1, 0, 1]
+
+
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+ACCUMULATED = {**HALF, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "ds", "kept"),
+    [
+        (1, stage(0), False),
+        (1, stage(1), False),
+        (2, stage(0), True),
+        (2, stage(1), True),
+        (2, stage(2), False),
+        (2, {"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, True),
+        (2, stage(1, **BF16), True),
+        (2, stage(1, **BF16, **SUMS), False),
+        (2, stage(1, bf16={"enabled": True, "immediate_grad_update": False}, **SUMS), True),
+        (2, stage(2, **BF16, **SUMS), False),
+    ],
+)
+def test_graphs_are_refused_where_they_would_overwrite_gradients(accumulation, ds, kept):
+    sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": accumulation}
+    e = complete(sizes | ds, TrainConfig(), 1)
+    check_graphs(TrainConfig(compile="whole"), e)
+    with pytest.raises(ValueError, match="^compile: .* kept") if kept else nullcontext():
+        check_graphs(TrainConfig(compile="graphs"), e)
+
+
+def test_graphs_are_the_whole_unet_in_inductors_mode_for_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append((f, options)) or f)
+    module = Asks()
+    forward = module.forward
+    use_compile(module, "graphs")
+    assert asked == [(forward, {"dynamic": False, "mode": "reduce-overhead"})]
+
+
+@pytest.mark.parametrize("name", ["", "whole", "graphs"])
+def test_each_micro_batch_begins_a_step_of_the_graphs(tmp_path, monkeypatch, name):
+    """Before the reference runs, so that its prediction outlives the policy's forward pass."""
+    seen = []
+    monkeypatch.setattr(
+        torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("step begins")
+    )
+    forward = forward_of(tiny.make_model(tmp_path / "model"), timesteps=[300])
+    forward.c = TrainConfig(compile=name)
+    forward.reference.register_forward_hook(lambda *_: seen.append("reference"))
+    forward.engine.register_forward_hook(lambda *_: seen.append("policy"))
+    forward.engine, batches = PlainEngine(forward.engine), [batch_of(tiny.WIDTH, None)] * 2
+    device, e = torch.device("cpu"), SimpleNamespace(accumulation=2)
+    meter, skips = Meter(device, 1000), Skips(device)
+    forward.engine.step = lambda: None
+    assert train.take_step(forward, e, iter(batches), meter, skips, STOP)
+    assert seen == [*["step begins"] * (name == "graphs"), "reference", "policy"] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(
+    ("name", "ds", "tolerance"),
+    [
+        ("fp32", stage(2, **ACCUMULATED), 1e-4),
+        ("bf16", stage(1, **BF16, **SUMS, **ACCUMULATED), 0.02),
+        ("one micro-batch", stage(0), 1e-4),
+        ("online", stage(2), 1e-3),
+    ],
+)
+def test_on_a_gpu_graphs_change_nothing(tmp_path, name, ds, tolerance):
+    """What outlives a micro-batch, gradients and what is logged, is not in the graphs' memory."""
+    folder = Folder(tmp_path)
+    (tmp_path / "words.txt").write_text("happy\nsad\ncat\n")
+    jobs = []
+    for kind in ("whole", "graphs"):
+        if name == "online":
+            given = {"steps": OBJECTIVE_STEPS, "prompts": tmp_path / "words.txt", **ONLINE}
+            args = without(OFFLINE, folder.args(kind, ds=ds, compile=kind, **given))
+        else:
+            args = folder.args(kind, ds=ds, compile=kind)
+        jobs.append({"args": args})
+    folder.work(jobs, 1, "graphs", gpu=True)
+    losses = [folder.losses(kind) for kind in ("graphs", "whole")]
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance)
+    if name in ("fp32", "one micro-batch"):
+        assert folder.distance("graphs", "whole") < 5e-3

@@ -31,10 +31,11 @@ def sd15() -> Model:
     return planner.read_model(PRESETS["sd15"](), unet.config, torch.bfloat16, **SHAPES)
 
 
-def plan(model: Model, gib: float, count: int = 1, **changes) -> planner.Plan:
+def plan(model: Model, gib: float, count: int = 1, raw: dict = RAW, **changes) -> planner.Plan:
     c = dataclasses.replace(PRESETS["sd15"](), **changes)
     gpus = Gpus(count, round(gib * 2**30), "", 312.0)
-    return planner.make_plan(c, RAW, torch.bfloat16, model, gpus)
+    dtype = torch.bfloat16 if "bf16" in raw else torch.float32
+    return planner.make_plan(c, raw, dtype, model, gpus)
 
 
 def test_a_pair_costs_what_the_trainer_counts(sd15):
@@ -109,6 +110,17 @@ def test_what_is_compiled_is_never_shared_out(sd15):
     assert {None, 2, 3} <= set(usual)
     expected = [None if number == 3 else number for number in usual]
     assert [stage(gib, compile="regional") for gib in sizes] == expected
+
+
+def test_with_cuda_graphs_no_stage_keeps_gradients_between_micro_batches(sd15):
+    few = {key: value for key, value in RAW.items() if key != "data_types"}
+    for raw, expected in ((RAW, 1), (few, 2)):
+        assert plan(sd15, 80, 4, raw).engine.stage == 1
+        found = plan(sd15, 80, 4, raw, compile="graphs", channels_last=True).engine
+        assert found.accumulation > 1 and found.stage == expected
+    whole = {key: value for key, value in RAW.items() if key != "bf16"}
+    with pytest.raises(ValueError, match="compile: expected .* gradients are kept"):
+        plan(sd15, 80, 4, whole, compile="graphs", optimizer="adafactor")
 
 
 @pytest.mark.parametrize("sums", [True, False])
@@ -274,7 +286,7 @@ BAD = {
     "optimizer": (["--optimizer", "adam"], "optimizer: expected auto or one of ['adamw'"),
     "compile": (
         ["--compile", "all"],
-        "compile: expected none or one of ['regional', 'whole'], got",
+        "compile: expected none or one of ['regional', 'whole', 'graphs'], got",
     ),
     "compiled, shared": (
         ["--compile", "whole", "--shard_reference"],

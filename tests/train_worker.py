@@ -235,7 +235,34 @@ def steady():
     torch.compiler.set_stance("default")
 
 
-FAULTS = FAULTS | {"backend": backend, "steady": steady}
+@contextlib.contextmanager
+def channels_last():
+    """All latents that a UNet is asked of, its predictions and targets must be in that order, but
+    where operations are counted."""
+    unet, loss = UNet2DConditionModel.forward, PreferenceLoss.forward
+
+    def check(**tensors: torch.Tensor | None) -> None:
+        for name, value in tensors.items():
+            if value is not None and value.dim() == 4 and not value.is_meta:
+                assert not value.is_contiguous(), name
+                assert value.is_contiguous(memory_format=torch.channels_last), name
+
+    def asked(self, sample, *args, **kwargs):
+        check(sample=sample)
+        return unet(self, sample, *args, **kwargs)
+
+    def judged(self, policy, reference, target, timesteps):
+        check(policy=policy, reference=reference, target=target)
+        return loss(self, policy, reference, target, timesteps)
+
+    with (
+        patch.object(UNet2DConditionModel, "forward", asked),
+        patch.object(PreferenceLoss, "forward", judged),
+    ):
+        yield
+
+
+FAULTS = FAULTS | {"backend": backend, "steady": steady, "channels_last": channels_last}
 
 
 def tear(path: Path) -> None:
