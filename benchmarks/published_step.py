@@ -98,6 +98,8 @@ class Encoding:
             num_workers=workers,
             persistent_workers=True,
             pin_memory=cuda,
+            # a forked one would hold the weights as they were before their first update
+            multiprocessing_context=None if cuda else "spawn",
         )
         self.ahead = workers * self.loader.prefetch_factor
         """Micro-batches that may be ready."""
