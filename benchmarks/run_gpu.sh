@@ -44,19 +44,17 @@ part() {
     esac
 }
 
-# kernels OP SECONDS: a file each, as it is written at the end; fewer and shorter rows than a CPU's
-kernels() {
-    part "kernels-$1" "$2" env BENCH_BATCHES="1 16 128" BENCH_SECONDS=0.05 python3 -m pytest \
-        "benchmarks/bench_$1.py" -k "not sd3" --benchmark-only -q \
-        --benchmark-columns=median,iqr,rounds --benchmark-json="$out/kernels-$1.json"
+# rows NAME OP SECONDS BATCHES WHICH: a file each, as it is written at the end; fewer and shorter rows than a CPU's
+rows() {
+    part "$1-$2" "$3" env BENCH_BATCHES="$4" BENCH_SECONDS=0.05 python3 -m pytest \
+        "benchmarks/bench_$2.py" -k "$5" --benchmark-only -q -s \
+        --benchmark-columns=median,iqr,rounds --benchmark-json="$out/$1-$2.json"
 }
 
-# tuned OP SECONDS: Triton's rows again, tuned; the log holds rows for dde_fast/triton_configs.py
-tuned() {
-    part "tuned-$1" "$2" env DDE_FAST_AUTOTUNE=1 BENCH_BATCHES="16" BENCH_SECONDS=0.05 python3 -m pytest \
-        "benchmarks/bench_$1.py" -k "triton and warm and not sd3" --benchmark-only -q -s \
-        --benchmark-columns=median,iqr,rounds --benchmark-json="$out/tuned-$1.json"
-}
+kernels() { rows kernels "$1" "$2" "1 16 128" "not sd3"; }
+
+# Triton's again, tuned; the log holds rows for dde_fast/triton_configs.py
+tuned() { DDE_FAST_AUTOTUNE=1 rows tuned "$1" "$2" 16 "triton and warm and not sd3"; }
 
 # script NAME SECONDS COMMAND…: a benchmark that writes NAME.json
 script() {

@@ -32,11 +32,15 @@ def use_memory_order(unet: torch.nn.Module, c: TrainConfig, stage: int = 0) -> N
         return
     for module in unet.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_pre_hook(_reordered)
+            module.register_forward_pre_hook(_reorder_input)
             held = stage == 3 or (stage > 0 and module.weight.requires_grad)
             if not held:
-                module.weight.data = _reordered(module, (module.weight.data,))[0]
+                module.weight.data = _reordered(module.weight.data)
 
 
-def _reordered(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
+def _reordered(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _reorder_input(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (_reordered(args[0]), *args[1:])

@@ -217,29 +217,19 @@ def test_cluster_of_latents_of_16_channels(kernels):
     check(run_pairs(kernels, args), args)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_kernels_over_more_pairs_than_threads_and_launched_again(kernels, dtype):
-    """Chunks of a pair end in any order, and so do pairs."""
-    args = arguments(dtype, n=2 * TILE + 8, pairs=300)
-    run, results = Run(args), []
-    for backwards in (False, True):
-        run.case.backwards = backwards
-        for _, inside in run.memory:
-            inside.fill_(float("nan"))
-        kernels.run_two(run.case, 2**64 - 7)
-        results.append(run.outputs())
-    check(results[0], args)
-    assert same_bits(*results)
-
-
-def test_cluster_means_over_more_pairs_than_threads_and_launched_again(kernels):
-    args = arguments(n=8, pairs=300)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "n"),
+    [("run_pairs", F32, 8), *(("run_two", dtype, 2 * TILE + 8) for dtype in DTYPES)],
+)
+def test_means_over_more_pairs_than_threads_and_launched_again(kernels, kind, dtype, n):
+    """Pairs end in any order, and so do the chunks of one."""
+    args = arguments(dtype, n=n, pairs=300)
     run, results = Run(args, blocks=1), []
     for backwards in (False, True):  # as a CUDA graph does: the same nonce, the count left behind
         run.case.backwards = backwards
         for _, inside in run.memory:
             inside.fill_(float("nan"))
-        kernels.run_pairs(run.case, 2**64 - 7)
+        getattr(kernels, kind)(run.case, 2**64 - 7)
         results.append(run.outputs())
     check(results[0], args)
     assert same_bits(*results)
