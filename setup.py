@@ -34,6 +34,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 ISAS = {"baseline": (16, [])}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": (32, AVX2), "avx512": (64, AVX512)}
+    ISAS |= {"avx512bf16": (64, [*AVX512, "-mavx512bf16"])}
 ARCHS = (80, 90, 100)
 
 

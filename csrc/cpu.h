@@ -77,6 +77,7 @@ struct Loops {
 DDE_FAST_DECLARE_LOOPS(baseline)
 DDE_FAST_DECLARE_LOOPS(avx2)
 DDE_FAST_DECLARE_LOOPS(avx512)
+DDE_FAST_DECLARE_LOOPS(avx512bf16)
 #undef DDE_FAST_DECLARE_LOOPS
 
 // the loops of the set in use (library.cpp)

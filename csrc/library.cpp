@@ -23,6 +23,7 @@ const Loops BASELINE = DDE_FAST_LOOPS(baseline);
 #ifdef __x86_64__
 const Loops AVX2 = DDE_FAST_LOOPS(avx2);
 const Loops AVX512 = DDE_FAST_LOOPS(avx512);
+const Loops AVX512BF16 = DDE_FAST_LOOPS(avx512bf16);
 #endif
 #undef DDE_FAST_LOOPS
 
@@ -35,6 +36,8 @@ const Loops* find(const std::string& name) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && (name.empty() || name == "avx512bf16")) return &AVX512BF16;
   if (has_avx512 && (name.empty() || name == "avx512")) return &AVX512;
   if (has_avx2 && (name.empty() || name == "avx2")) return &AVX2;
 #endif
@@ -46,7 +49,7 @@ std::atomic<const Loops*> in_use{nullptr};
 void use(const std::string& name) {
   const Loops* found = find(name);
   STD_TORCH_CHECK(found != nullptr,
-                  "DDE_FAST_CPU: expected baseline, avx2 or avx512 and a CPU that has it, got ",
+                  "DDE_FAST_CPU: expected baseline, avx2, avx512 or avx512bf16 and a CPU that has it, got ",
                   name);
   in_use = found;
 }

@@ -25,7 +25,8 @@ DDE_FN void add_vector(const V& o, const V& r, const V& y, V& policy, V& referen
   if (REFERENCE) {
     const V f = y - r;
     reference = fused(f, f, reference);
-    difference = fused(V(r - o), V(e + f), difference);
+    // e + f as a fused multiply-add: of those and of additions a core takes as many at a time
+    difference = fused(V(r - o), fused(e, V{} + 1, f), difference);
   }
 }
 

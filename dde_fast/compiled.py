@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dde_fast import recycled
 from dde_fast.reference import accumulation_dtype, dense_rows, empty_noised, same_layout
 
 LINK = {"sigmoid": 0, "ipo": 1, "hinge": 2, "linear": 3}
@@ -66,7 +67,7 @@ def _op(name: str, device: torch.device):
 
 
 def isa(wanted: str = "") -> str:
-    """Name of the CPU instruction set in use: "baseline", "avx2" or "avx512".
+    """Name of the CPU instruction set in use: "baseline", "avx2", "avx512" or "avx512bf16".
 
     Args:
         wanted: a set to change to from now on, for tests and comparisons; the environment variable
@@ -151,7 +152,7 @@ def preference_loss_with_gradient(
         policy, reference, target, timesteps, weights, margins, *constants
     )
     op = _op("preference_loss_with_gradient", policy.device)
-    out = torch.empty_like(arguments[0])  # in the memory order of what it is made from
+    out = recycled.empty_like(arguments[0])  # in the memory order of what it is made from
     loss, logits, error, reference_error, margin = op(out, *arguments)
     reference_error = None if reference is None else reference_error
     gradient = out if arguments[0] is policy else torch.empty_like(policy).copy_(out)
@@ -183,7 +184,7 @@ def preference_loss_backward(
         None if x is None else x.to(logits.dtype).contiguous()
         for x in (grad_loss, grad_logits, grad_policy_error)
     ]
-    gradient = torch.empty_like(policy)
+    gradient = recycled.empty_like(policy)
     # the gradient is written in its own memory order, so the inputs must have that one too
     policy, target, out = same_layout(policy, target, gradient)
     _op("preference_loss_backward", policy.device)(
@@ -295,7 +296,7 @@ def ddim_step_backward(
     prediction_type: str,
 ) -> Tensor:
     """`dde_fast.reference.ddim_step_backward` in one pass, one launch."""
-    gradient = torch.empty_like(prediction)
+    gradient = recycled.empty_like(prediction)
     tensors = [gradient, prediction, sample, next_sample]
     tensors += [] if grad_next is None else [grad_next]
     # the gradient is written in its own memory order, so the inputs must have that one too

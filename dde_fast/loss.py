@@ -281,6 +281,7 @@ def _check_inputs(
     weights: Tensor,
 ) -> None:
     """Refuse what cannot be meant; looks at no tensor's values."""
+    device, shape = policy.device, policy.shape
     for name, tensor in (("policy", policy), ("target", target), ("reference", reference)):
         if tensor is None:
             continue
@@ -291,15 +292,10 @@ def _check_inputs(
                 f"{name}: expected a tensor without gradient (the gradient reaches policy only), "
                 "got one that requires it; detach it or compute it under torch.no_grad()"
             )
-    device, shape = policy.device, policy.shape
-    others = {
-        "target": target,
-        "reference": reference,
-        "timesteps": timesteps,
-        "this loss": weights,
-    }
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected on {device}, where policy is, got {tensor.device}")
+    for name, tensor in (("timesteps", timesteps), ("this loss", weights)):
+        if tensor.device != device:
             raise ValueError(f"{name}: expected on {device}, where policy is, got {tensor.device}")
     pairs = _check_shapes(shape, target.shape)
     if reference is not None and reference.shape != shape:

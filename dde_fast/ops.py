@@ -80,7 +80,6 @@ class _LossGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, grad_logits, grad_policy_error):
-        policy, target, timesteps, logits, weights = ctx.saved_tensors
         # handed over once: who gets it may change it, and a second backward makes its own
         made, ctx.made = ctx.made, None
         elsewhere = grad_logits is not None or grad_policy_error is not None
@@ -88,6 +87,7 @@ class _LossGradient(torch.autograd.Function):
             return None, None, None, None
         if made is not None and not elsewhere:
             return None, None, _scaled(made, grad_loss, ctx.constants[-1]), None
+        policy, target, timesteps, logits, weights = ctx.saved_tensors
         incoming = grad_loss, grad_logits, grad_policy_error
         gradient = torch.ops.dde_fast.preference_loss_backward(
             *incoming, policy, target, timesteps, logits, weights, *ctx.constants

@@ -31,7 +31,7 @@ def instruction_sets() -> list[str]:
     if compiled.why_not("cpu") is not None:
         return []
     found = []
-    for name in ("baseline", "avx2", "avx512"):
+    for name in ("baseline", "avx2", "avx512", "avx512bf16"):
         try:
             found.append(compiled.isa(name))
         except RuntimeError:
