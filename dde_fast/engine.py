@@ -167,9 +167,8 @@ def step_optimizer(engine) -> Tensor:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
         engine.basic_optimizer.found_inf = (~norm.isfinite()).float()
         if limit := engine.gradient_clipping():
-            # what a fused optimizer divides the gradient by while it reads it anyway; the small
-            # number is PyTorch's and DeepSpeed's
-            engine.basic_optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)
+            # what a fused optimizer divides the gradient by while it reads it anyway
+            engine.basic_optimizer.grad_scale = (norm / limit).clamp(min=1.0)
         engine.step()
         return norm
     engine.step()
