@@ -150,7 +150,8 @@ class TrainConfig:
     cache_gib: float = 100.0
     """GiB of this machine's disk for shards fetched from a URL."""
     log_every: int = 10
-    """Optimizer steps between log lines. Without ZeRO the host waits for the device there alone."""
+    """Optimizer steps between log lines. Without ZeRO, or in bf16 at stage 1 with sums in float32, the
+    host waits for the device there alone."""
     save_every: int = 100
     """Optimizer steps between checkpoints; 0 = only at the end."""
     validation_pairs: str = ""

@@ -128,8 +128,10 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
         engine.clip_fp32_gradients = lambda: None  # `step_optimizer` clips by the norm it has
         # one rank's gradients are their mean already: DeepSpeed would copy them there and back
         engine.enable_backward_allreduce = dist.get_world_size() > 1
-        _does_as_told(engine.optimizer)
-    _looks_at_whole_buffers(engine.optimizer)
+    if _whole_gradient(engine) is not None:
+        _does_as_told(engine.basic_optimizer)
+        if e.stage > 0:
+            _leaves_it_to_the_inner_one(engine.optimizer)
     if c.ema_decay:
         ema.attach(engine, c.ema_decay)
     return engine
@@ -152,19 +154,21 @@ def step_optimizer(engine) -> Tensor:
     """Take the optimizer step, unless the averaged gradient is not finite: then no rank takes it,
     and neither weights nor moments nor their step counts move.
 
-    ZeRO decides where it reads the gradient's norm anyway. Without ZeRO the norm stays on the
-    device and the optimizer decides and clips there, if it can.
+    Where every rank has the whole gradient (`_whole_gradient`) its norm stays on the device, and the
+    optimizer decides and clips there, if it can. Elsewhere ZeRO decides on the host.
 
     Returns:
         L2 norm of the averaged gradient before clipping; not finite where the step was skipped.
     """
-    if engine.zero_optimization_stage() == 0:
-        gradients = (parameter.grad for parameter in engine.module.parameters())
-        norm = torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
-        engine.optimizer.found_inf = (~norm.isfinite()).float()
+    gradients = _whole_gradient(engine)
+    if gradients is not None:
+        # of ZeRO's few long buffers one by one, as DeepSpeed takes it
+        foreach = None if engine.zero_optimization_stage() == 0 else False
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
+        engine.basic_optimizer.found_inf = (~norm.isfinite()).float()
         if limit := engine.gradient_clipping():
             # what a fused optimizer divides the gradient by while it reads it anyway
-            engine.optimizer.grad_scale = (norm / limit).clamp(min=1.0)
+            engine.basic_optimizer.grad_scale = (norm / limit).clamp(min=1.0)
         engine.step()
         return norm
     engine.step()
@@ -172,6 +176,41 @@ def step_optimizer(engine) -> Tensor:
         engine.lr_scheduler.step()  # the learning rate is that of the step's number
     norm = engine.get_global_grad_norm()
     return norm if isinstance(norm, Tensor) else torch.full((), norm, device=engine.device)
+
+
+def _whole_gradient(engine) -> list[Tensor] | None:
+    """The averaged gradient where every rank has all of it: without ZeRO, and with the optimizer
+    that DeepSpeed takes for bf16 at stage 1 with sums in float32, in whose buffers it is the same on
+    all ranks; None elsewhere."""
+    if engine.zero_optimization_stage() == 0:
+        gradients = (parameter.grad for parameter in engine.module.parameters())
+        return [gradient for gradient in gradients if gradient is not None]
+    optimizer = engine.optimizer
+    buffers = getattr(optimizer, "fp32_groups_actual_gradients_flat", None)
+    if not buffers or any(buffer.dtype != torch.float32 for buffer in buffers):
+        return None
+    # of a model in parallel parts a rank has its own; Muon's updates are made of the clipped gradient
+    divided = optimizer.mpu is not None or optimizer.has_moe_layers
+    return None if divided or optimizer._uses_muon else buffers
+
+
+def _leaves_it_to_the_inner_one(optimizer) -> None:
+    """Let DeepSpeed's bf16 optimizer (stage 1) take each step, and the one inside decide whether it
+    is one (`step_optimizer`): by itself it looks at each of a UNet's hundreds of gradients, and its
+    host waits for the norm three times."""
+    weights = optimizer.fp32_groups_flat_partition  # this rank's share, and of its gradient
+    gradients = optimizer.fp32_groups_gradient_flat_partition
+
+    @torch.no_grad()
+    def step() -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        optimizer.optimizer.step()
+        if optimizer.state:  # there is none yet where the first steps were skipped on the host
+            optimizer._lazy_init_hp_params_optimizer_state()
+        optimizer.update_lp_params()  # the engine then clears the gradients
+
+    optimizer.step = step
 
 
 def _does_as_told(optimizer: torch.optim.Optimizer) -> None:
@@ -193,16 +232,6 @@ def _does_as_told(optimizer: torch.optim.Optimizer) -> None:
         return step(*args, **kwargs)
 
     optimizer.step = obedient
-
-
-def _looks_at_whole_buffers(optimizer) -> None:
-    """Let DeepSpeed's bf16 optimizer (stage 1) take the gradient's norm and clip it buffer by buffer:
-    by itself it launches a few kernels for each of a UNet's hundreds of tensors."""
-    buffers = getattr(optimizer, "fp32_groups_actual_gradients_flat", None)
-    if buffers and all(buffer.dtype == torch.float32 for buffer in buffers):  # others it would copy
-        optimizer.get_grads_for_norm = lambda for_clipping=False: (
-            buffers if for_clipping else (buffers, {})
-        )
 
 
 class Skips:

@@ -116,7 +116,8 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         torch.cuda.reset_peak_memory_stats()
 
     # The loop: the host waits for the device where it logs or saves, and where ZeRO does: in every
-    # optimizer step, and with stage 3, `overlap_comm` or offloading in micro-batches as well
+    # optimizer step, but in bf16 at stage 1 with sums in float32, and with stage 3, `overlap_comm`
+    # or offloading in micro-batches as well
     while done < c.steps and not (stopped or diverged):
         learning_rate = forward.engine.get_lr()[0]
         stopped = not take_step(forward, e, batches, meter, skips, stop)

@@ -145,7 +145,6 @@ def test_the_whole_step_lever_by_lever(tmp_path, monkeypatch, case, kind):
     assert (data["pairs"], data["micro_batches"], data["pairs_per_micro_batch"]) == (4, 2, 2)
     if not torch.cuda.is_available():
         assert reads[:published] == [10] * published
-    if not torch.cuda.is_available() and data["dtype"] == "float32":
         assert reads[-3:] == [2, 2, 2]
     assert rows[0]["frozen_GiB"] > rows[1]["frozen_GiB"] > rows[-1]["frozen_GiB"] == 0
     if case != "sdxl":

@@ -14,7 +14,7 @@ def engine_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer, clippin
     engine._does_as_told(optimizer)
     return SimpleNamespace(
         module=module,
-        optimizer=optimizer,
+        basic_optimizer=optimizer,
         step=lambda: optimizer.step(),
         gradient_clipping=lambda: clipping,
         zero_optimization_stage=lambda: 0,
@@ -55,6 +55,27 @@ def test_a_gradient_that_is_not_finite_is_no_step(fused):
     module.bias.grad[1] = 1.0  # and the next one is
     assert engine.step_optimizer(one).isfinite()
     assert not any(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_states_are_linked_once_there_are_any():
+    """ZeRO-1's first steps may be skipped, by an optimizer that makes its states when it takes one."""
+    weight, linked = torch.nn.Parameter(torch.zeros(3)), []
+    inner = torch.optim.AdamW([weight], fused=False)
+    outer = SimpleNamespace(
+        fp32_groups_flat_partition=[weight],
+        fp32_groups_gradient_flat_partition=[torch.ones(3)],
+        optimizer=inner,
+        state=inner.state,
+        update_lp_params=lambda: None,
+        _lazy_init_hp_params_optimizer_state=lambda: linked.append(set(inner.state[weight])),
+    )
+    engine._does_as_told(inner)
+    engine._leaves_it_to_the_inner_one(outer)
+    for skipped in (1.0, 1.0, 0.0):
+        assert not linked and not weight.any()
+        inner.found_inf = torch.tensor(skipped)
+        outer.step()
+    assert linked == [{"step", "exp_avg", "exp_avg_sq"}] and weight.all()
 
 
 def test_processes_leave_their_group_before_they_end(monkeypatch):

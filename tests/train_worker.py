@@ -6,9 +6,9 @@ Each job has `args` for `dde_fast.train.main` and optionally: `plain`, to train 
 instead ("online": TailorPO); `stop`, [rank, step] at which that rank gets a SIGTERM; `tear`, a file
 to cut in half first; `no_reference`, to fail where a reference model is loaded; `count_syncs`, a
 file for the steps at which the host waited for the device; `no_waiting`, to fail on a GPU where it
-does, and a file for what it counts, with `but_in_optimizer` allowing it there; `backend`, of torch.compile in place of its default; `steady`,
-to fail where something is compiled after the first optimizer step; `exit`, the code that it must end
-with; or a fault of `faults.FAULTS` with its arguments.
+does, and a file for the number of steps that were watched; `backend`, of torch.compile in place of
+its default; `steady`, to fail where something is compiled after the first optimizer step; `exit`,
+the code that it must end with; or a fault of `faults.FAULTS` with its arguments.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from pathlib import Path
 from unittest.mock import patch
 
@@ -152,16 +151,14 @@ def count_syncs(args: list[str], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def waits(mode: str):
-    """On a GPU the host's waits for it are errors ("error") or warnings ("warn")."""
+def no_waits():
+    """On a GPU the host's waits for it are errors."""
 
     def synchronize(*_):  # which PyTorch's own mode does not see
-        if mode == "error":
-            raise RuntimeError("torch.cuda.synchronize: the host waits for the device")
-        warnings.warn("torch.cuda.synchronize: a synchronizing operation", stacklevel=2)
+        raise RuntimeError("torch.cuda.synchronize: the host waits for the device")
 
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.set_sync_debug_mode("error")
     try:
         with patch.object(torch.cuda, "synchronize", synchronize):
             yield
@@ -169,32 +166,20 @@ def waits(mode: str):
         torch.cuda.set_sync_debug_mode(before)
 
 
-def without_waiting(args: list[str], path: Path, in_optimizer: bool) -> None:
+def without_waiting(args: list[str], path: Path) -> None:
     """Train on a GPU, every step but the first two under the condition that the host waits for
-    nothing, or nowhere but in `step_optimizer`; writes how often it waited there in each step."""
-    take_step, step_optimizer, counts, steps = train.take_step, train.step_optimizer, [], 0
+    nothing; writes how many steps that were."""
+    take_step, steps = train.take_step, 0
 
     def watched(*args):
         nonlocal steps
         steps += 1
-        if steps <= 2:
-            return take_step(*args)
-        counts.append(0)
-        with waits("error"):
+        with no_waits() if steps > 2 else contextlib.nullcontext():
             return take_step(*args)
 
-    def allowed(engine):
-        if not (in_optimizer and counts):
-            return step_optimizer(engine)
-        with warnings.catch_warnings(record=True) as seen, waits("warn"):
-            warnings.simplefilter("always")
-            norm = step_optimizer(engine)
-        counts[-1] = sum("synchronizing" in str(one.message) for one in seen)
-        return norm
-
-    with patch.multiple(train, take_step=watched, step_optimizer=allowed):
+    with patch.object(train, "take_step", watched):
         train.main(args)
-    path.write_text(json.dumps(counts))
+    path.write_text(json.dumps(steps - 2))
 
 
 def stop_at(rank: int, step: int, args: list[str]) -> None:
@@ -295,7 +280,7 @@ def run(job: dict) -> None:
     elif "stop" in job:
         stop_at(*job["stop"], job["args"])
     elif "no_waiting" in job:
-        without_waiting(job["args"], Path(job["no_waiting"]), job.get("but_in_optimizer", False))
+        without_waiting(job["args"], Path(job["no_waiting"]))
     elif "count_syncs" in job:
         count_syncs(job["args"], Path(job["count_syncs"]))
     else:
