@@ -27,6 +27,15 @@ _kept: list[mmap.mmap] = []
 _lock = threading.Lock()
 
 
+def _references(kept: list, at: int) -> int:
+    """To one of a list: the list's, the question's own, and one for each tensor in that memory, as
+    long as it or a view of it lives."""
+    return sys.getrefcount(kept[at])
+
+
+UNUSED = _references([object()], 0)
+
+
 def empty_like(x: Tensor) -> Tensor:
     """`torch.empty_like(x)`, in the memory of an earlier one of that size that is gone, if there is.
 
@@ -36,10 +45,9 @@ def empty_like(x: Tensor) -> Tensor:
     if not x.is_cpu or size < FROM_BYTES or not _is_dense(x):
         return torch.empty_like(x)
     with _lock:
-        for memory in _kept:
-            # a tensor holds a reference as long as it or a view of it lives: beside it there are
-            # the list's, the loop's and the question's own
-            if len(memory) == size and sys.getrefcount(memory) == 3:
+        for at in range(len(_kept)):
+            if len(_kept[at]) == size and _references(_kept, at) == UNUSED:
+                memory = _kept[at]
                 break
         else:
             memory = mmap.mmap(-1, size, **PRIVATE)
