@@ -5,6 +5,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdio>
 
 #include "preference_cuda.cuh"
 
@@ -27,18 +28,26 @@ bool fits(const cudaLaunchConfig_t& config, unsigned blocks, int64_t most, int d
   const auto set = [&](cudaFuncAttribute attribute, int64_t value) {
     return cudaFuncSetAttribute(kernel, attribute, static_cast<int>(value)) == cudaSuccess;
   };
+  if (config.dynamicSmemBytes > static_cast<size_t>(most)) return false;
   int clusters = 0;
-  if (config.dynamicSmemBytes <= static_cast<size_t>(most) &&
-      set(cudaFuncAttributeMaxDynamicSharedMemorySize, most) &&
+  if (set(cudaFuncAttributeMaxDynamicSharedMemorySize, most) &&
       (blocks <= PORTABLE_CLUSTER || set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1))) {
     cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
   }
-  if (clusters == 0) {
-    cudaGetLastError();  // a refusal is an answer
-    return false;
+  const cudaError_t error = cudaGetLastError();
+  if (clusters > 0) {
+    fitting = config.dynamicSmemBytes;
+    return true;
   }
-  fitting = config.dynamicSmemBytes;
-  return true;
+  static std::atomic<bool> said{false};
+  if (!said.exchange(true)) {
+    std::fprintf(stderr,
+                 "dde_fast: the loss takes two launches: no cluster of %u blocks with %zu bytes of "
+                 "shared memory each (of %lld) runs on device %d: %s\n",
+                 blocks, config.dynamicSmemBytes, static_cast<long long>(most), device,
+                 cudaGetErrorString(error));
+  }
+  return false;
 }
 
 // false: not on this device

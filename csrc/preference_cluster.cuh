@@ -152,6 +152,8 @@ __global__ void __launch_bounds__(THREADS, 4) pair_kernel(PairLoss a) {
   __syncthreads();
   if (shared->last) store_mean_loss<float>(a.finish, shared->losses);
   cluster.barrier_wait();  // before exiting: the others may still read this block's sums
+#else
+  __trap();  // never launched there
 #endif
 }
 

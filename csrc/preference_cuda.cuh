@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <random>
 
 #include "cuda.cuh"
 #include "preference_kernels.cuh"
@@ -45,9 +46,10 @@ inline bool is_aligned(const Inputs& a) {
 }
 
 // A nonce for each launch (see Ticket): multiples of 2⁶⁴/φ, of which no billion come within a
-// batch of each other, so memory that an earlier launch counted in is no obstacle.
+// batch of each other, so memory that an earlier launch counted in is no obstacle. Each process
+// begins elsewhere, should memory come from another one.
 inline unsigned long long next_nonce() {
-  static std::atomic<unsigned long long> last{0};
+  static std::atomic<unsigned long long> last{std::random_device()() * 0x100000001ull};
   return last += 0x9E3779B97F4A7C15ull;
 }
 
