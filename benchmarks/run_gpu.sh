@@ -77,8 +77,15 @@ if wanted build; then
     part about 30 sh -c 'python3 -m dde_fast; nvidia-smi'
     cat "$out/logs/about.log" 2>/dev/null
 fi
-# pytest is content even if it skips every test
-wanted cuda && part cuda 90 bash -o pipefail -c 'python3 -m pytest tests/test_cuda.py tests/test_cuda_ops.py -q -rs | tee /dev/stderr | grep " passed"'
+# each test said as it ends, in case of a cut; pytest is content even if it skips every one
+passed() {
+    part "$1" "$2" bash -o pipefail -c \
+        "python3 -m pytest tests/test_$1.py -v --tb=short -rs $3 | tee /dev/stderr | grep ' passed'"
+}
+if wanted cuda; then
+    passed cuda 60 -x  # after a bad address all others would fail as well
+    passed cuda_ops 45 ""
+fi
 if wanted kernels; then
     kernels noise 40; kernels ddim 40; kernels loss 110
     tuned noise 25; tuned ddim 25; tuned loss 40

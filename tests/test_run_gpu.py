@@ -17,7 +17,7 @@ case "$*" in
     *find_spec*) echo "$MISSING" ;;
     *device_count*) echo "$GPUS" ;;
     *"$BREAK"*) exit 3 ;;
-    *"test_cuda_ops.py -q -rs"*) echo "$OF_CUDA in 1 s" ;;
+    *"test_cuda.py -v"* | *"test_cuda_ops.py -v"*) echo "$OF_CUDA in 1 s" ;;
 esac
 """
 GIVEN = {"GPUS": "1", "MISSING": "", "OF_CUDA": "9 passed", "BREAK": "nothing of the kind"}
@@ -58,10 +58,10 @@ def test_what_a_gpu_machine_runs_and_says(tmp_path, given, said):
         names = logs.getnames()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs.tar.gz", "not-done.txt"}
     if "MINUTES" in given:
-        assert "bench_" not in called and left.count("skipped") == 18
+        assert "bench_" not in called and left.count("skipped") == 19
         return
     tests = [path.stem for path in (ROOT / "tests").glob("test_*.py")]
-    assert {"logs/cuda.log", "not-done.txt", *(f"logs/tests/{name}.log" for name in tests)} <= set(names)  # fmt: skip
+    assert {"logs/cuda.log", "logs/cuda_ops.log", "not-done.txt", *(f"logs/tests/{name}.log" for name in tests)} <= set(names)  # fmt: skip
     assert called.count(" tests/test_") == len(tests) + 2
     order = ["setup.py build_ext", "test_cuda.py", "bench_noise.py", "bench_loss.py"]
     order += ["tests/test_run_gpu.py", "unet_levers.py sdxl"]
