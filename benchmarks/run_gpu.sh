@@ -35,7 +35,8 @@ part() {
     budget=$(((due < end ? due : end) - SECONDS))
     shift 2
     if [ "$budget" -lt 20 ]; then not_done "skipped, no time left: $name"; return; fi
-    timeout --kill-after=10 "$budget" "$@" >"$out/logs/$name.log" 2>&1
+    : >"$out/logs/$name.log"
+    timeout --kill-after=10 "$budget" "$@" >>"$out/logs/$name.log" 2>&1  # what else opens it appends too
     code=$?
     case $code in
         0) echo "$name: done in $((SECONDS - began)) s" ;;
@@ -80,10 +81,10 @@ fi
 # each test said as it ends, in case of a cut; pytest is content even if it skips every one
 passed() {
     part "$1" "$2" bash -o pipefail -c \
-        "python3 -m pytest tests/test_$1.py -v --tb=short -rs $3 | tee /dev/stderr | grep ' passed'"
+        "python3 -m pytest tests/test_$1.py -v --tb=short -rs $3 | tee -a /dev/stderr | grep ' passed'"
 }
 if wanted cuda; then
-    passed cuda 60 -x  # after a bad address all others would fail as well
+    passed cuda 75 -x  # after a bad address all others would fail as well
     passed cuda_ops 45 ""
 fi
 if wanted kernels; then

@@ -14,6 +14,8 @@ import threading
 import torch
 from torch import Tensor
 
+from dde_fast.reference import is_dense
+
 FROM_BYTES = 2**18
 """Smaller ones malloc hands out again by itself."""
 
@@ -42,7 +44,7 @@ def empty_like(x: Tensor) -> Tensor:
     What comes back is a tensor like others, but its storage cannot be resized.
     """
     size = x.numel() * x.element_size()
-    if not x.is_cpu or size < FROM_BYTES or not _is_dense(x):
+    if not x.is_cpu or size < FROM_BYTES or not is_dense(x):
         return torch.empty_like(x)
     with _lock:
         for at in range(len(_kept)):
@@ -54,8 +56,3 @@ def empty_like(x: Tensor) -> Tensor:
             _kept[:] = [memory, *_kept[: KEPT - 1]]
         out = torch.frombuffer(memory, dtype=x.dtype, count=x.numel())
     return out.as_strided(x.shape, x.stride())
-
-
-def _is_dense(x: Tensor) -> bool:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return last or x.is_contiguous()

@@ -53,6 +53,11 @@ def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether it is four-dimensional and in that memory order; contiguous as well, it may be."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def same_layout(*tensors: Tensor) -> list[Tensor]:
     """The tensors with one order of elements in memory, copied only where they have none.
 
@@ -61,15 +66,19 @@ def same_layout(*tensors: Tensor) -> list[Tensor]:
     """
     if all([x.is_contiguous() for x in tensors]):
         return list(tensors)
-    if all(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in tensors):
+    if all(is_channels_last(x) for x in tensors):
         return list(tensors)
     return [x.contiguous() for x in tensors]
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether it is contiguous or channels_last."""
+    return x.is_contiguous() or is_channels_last(x)
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """The tensor, contiguous or channels_last; copied only where it is neither."""
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return x if last else x.contiguous()
+    return x if is_dense(x) else x.contiguous()
 
 
 def number_of_pairs(policy: Tensor, target: Tensor) -> int:

@@ -17,7 +17,7 @@ case "$*" in
     *find_spec*) echo "$MISSING" ;;
     *device_count*) echo "$GPUS" ;;
     *"$BREAK"*) exit 3 ;;
-    *"test_cuda.py -v"* | *"test_cuda_ops.py -v"*) echo "$OF_CUDA in 1 s" ;;
+    *"test_cuda.py -v"* | *"test_cuda_ops.py -v"*) echo "one of them failed"; echo "$OF_CUDA in 1 s" ;;
 esac
 """
 GIVEN = {"GPUS": "1", "MISSING": "", "OF_CUDA": "9 passed", "BREAK": "nothing of the kind"}
@@ -56,10 +56,12 @@ def test_what_a_gpu_machine_runs_and_says(tmp_path, given, said):
     assert bool(left) != good
     with tarfile.open(tmp_path / "out/logs.tar.gz") as logs:
         names = logs.getnames()
+        cuda = logs.extractfile("logs/cuda.log").read().decode() if "logs/cuda.log" in names else ""
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"logs.tar.gz", "not-done.txt"}
     if "MINUTES" in given:
         assert "bench_" not in called and left.count("skipped") == 19
         return
+    assert "one of them failed\n" in cuda  # whole, though its last line is looked for
     tests = [path.stem for path in (ROOT / "tests").glob("test_*.py")]
     assert {"logs/cuda.log", "logs/cuda_ops.log", "not-done.txt", *(f"logs/tests/{name}.log" for name in tests)} <= set(names)  # fmt: skip
     assert called.count(" tests/test_") == len(tests) + 2
