@@ -75,13 +75,13 @@ std::string isa(std::string wanted) {
 STABLE_TORCH_LIBRARY(dde_fast_cpp, m) {
   m.def("isa(str wanted) -> str");
   m.def(
-      "preference_loss(Tensor policy, Tensor? reference, Tensor? errors, Tensor target, "
-      "Tensor timesteps, Tensor weights, Tensor margins, float beta, float lose_weight, int link, "
+      "preference_loss(Tensor policy, Tensor? reference, Tensor target, Tensor timesteps, "
+      "Tensor weights, Tensor margins, float beta, float lose_weight, int link, "
       "float label_smoothing) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "preference_loss_with_gradient(Tensor(a!) gradient, Tensor policy, Tensor? reference, "
-      "Tensor? errors, Tensor target, Tensor timesteps, Tensor weights, Tensor margins, "
-      "float beta, float lose_weight, int link, float label_smoothing) "
+      "Tensor target, Tensor timesteps, Tensor weights, Tensor margins, float beta, "
+      "float lose_weight, int link, float label_smoothing) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "preference_loss_backward(Tensor(a!) gradient, Tensor? grad_loss, Tensor? grad_logits, "

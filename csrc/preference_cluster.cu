@@ -104,25 +104,27 @@ void launch_unit_gradient(const Forward& f, void* gradient, cudaStream_t stream)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_with_gradient_cuda(
     Tensor gradient,           // as policy; gets d loss / d policy
     Tensor policy,             // [2B, C, H, W], or [B, C, H, W] shared by the pair
-    OptionalTensor reference,  // rows of its own, as policy
-    OptionalTensor errors,     // [2B], the reference's, instead of its prediction
+    OptionalTensor reference,  // as policy, or its errors [2B]
     Tensor target,             // [2B, C, H, W] or [B, C, H, W]
     Tensor timesteps,          // int64 [B] or [2B]
     Tensor weights,            // [T]
     Tensor margins,            // [T]
     double beta, double lose_weight, int64_t link, double label_smoothing) {
-  check_devices(policy, reference, errors, target, timesteps, weights, margins);
+  check_devices(policy, reference, target, timesteps, weights, margins);
   check_device(gradient, policy, "gradient");
   const int device = policy.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(policy);
-  const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
+  const Forward f = forward_of(policy, reference, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});
-  void* out = gradient_of(gradient, f.policy, f.pairs, f.n);
-  if (launch_pairs(f, out, device, stream)) return f.outputs();
-  launch_forward(f, stream);
-  f.wide ? launch_unit_gradient<double>(f, out, stream)
-         : launch_unit_gradient<float>(f, out, stream);
+  const Tensor out = f.in_order(gradient);
+  void* data = gradient_of(out, f.policy, f.pairs, f.n);
+  if (!launch_pairs(f, data, device, stream)) {
+    launch_forward(f, stream);
+    f.wide ? launch_unit_gradient<double>(f, data, stream)
+           : launch_unit_gradient<float>(f, data, stream);
+  }
+  if (out.get() != gradient.get()) torch::stable::copy_(gradient, out);
   return f.outputs();
 }
 

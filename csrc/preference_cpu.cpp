@@ -48,7 +48,7 @@ void finish_pair(const Forward& f, const double* partial, int64_t chunks, int64_
       d[half] = mean_of_chunks(partial + (2 * rows + row) * chunks, chunks, f.n);
     } else if (f.errors.data) {
       out.reference_error[row] = static_cast<T>(element(f.errors, row));
-      d[half] = e - element(f.errors, row);
+      d[half] = e - out.reference_error[row];
     }
   }
   out.logits[pair] = static_cast<T>(logit_of(f.schedule, f.objective, pair, f.pairs, d[0], d[1]));
@@ -133,14 +133,13 @@ void* gradient_data(const Tensor& gradient, const Rows& policy, int64_t pairs, i
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_cpu(
     Tensor policy,             // [2B, C, H, W], or [B, C, H, W] shared by the pair
-    OptionalTensor reference,  // rows of its own, as policy
-    OptionalTensor errors,     // [2B], the reference's, instead of its prediction
+    OptionalTensor reference,  // as policy, or its errors [2B]
     Tensor target,             // [2B, C, H, W] or [B, C, H, W]
     Tensor timesteps,          // int64 [B] or [2B]
     Tensor weights,            // [T]
     Tensor margins,            // [T]
     double beta, double lose_weight, int64_t link, double label_smoothing) {
-  const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
+  const Forward f = forward_of(policy, reference, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});
   f.wide ? forward<double>(f) : forward<float>(f);
   return f.outputs();
@@ -149,17 +148,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_with_gradient_cpu(
     Tensor gradient,           // as policy
     Tensor policy,             // [2B, C, H, W], or [B, C, H, W] shared by the pair
-    OptionalTensor reference,  // rows of its own, as policy
-    OptionalTensor errors,     // [2B], the reference's, instead of its prediction
+    OptionalTensor reference,  // as policy, or its errors [2B]
     Tensor target,             // [2B, C, H, W] or [B, C, H, W]
     Tensor timesteps,          // int64 [B] or [2B]
     Tensor weights,            // [T]
     Tensor margins,            // [T]
     double beta, double lose_weight, int64_t link, double label_smoothing) {
-  const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
+  const Forward f = forward_of(policy, reference, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});
-  void* g = gradient_data(gradient, f.policy, f.pairs, f.n);
+  const Tensor out = f.in_order(gradient);
+  void* g = gradient_data(out, f.policy, f.pairs, f.n);
   f.wide ? forward_with_gradient<double>(f, g) : forward_with_gradient<float>(f, g);
+  if (out.get() != gradient.get()) torch::stable::copy_(gradient, out);
   return f.outputs();
 }
 

@@ -44,16 +44,15 @@ void launch_forward(const Forward& f, cudaStream_t stream) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_cuda(
     Tensor policy,             // [2B, C, H, W], or [B, C, H, W] shared by the pair
-    OptionalTensor reference,  // rows of its own, as policy
-    OptionalTensor errors,     // [2B], the reference's, instead of its prediction
+    OptionalTensor reference,  // as policy, or its errors [2B]
     Tensor target,             // [2B, C, H, W] or [B, C, H, W]
     Tensor timesteps,          // int64 [B] or [2B]
     Tensor weights,            // [T]
     Tensor margins,            // [T]
     double beta, double lose_weight, int64_t link, double label_smoothing) {
-  check_devices(policy, reference, errors, target, timesteps, weights, margins);
+  check_devices(policy, reference, target, timesteps, weights, margins);
   const torch::stable::accelerator::DeviceGuard guard(policy.get_device_index());
-  const Forward f = forward_of(policy, reference, errors, target, timesteps, weights, margins,
+  const Forward f = forward_of(policy, reference, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});
   launch_forward(f, current_stream(policy));
   return f.outputs();

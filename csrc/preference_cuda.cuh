@@ -11,10 +11,9 @@ namespace dde_fast {
 
 // the forward's tensors, all on the device of policy
 inline void check_devices(const Tensor& policy, const OptionalTensor& reference,
-                          const OptionalTensor& errors, const Tensor& target,
-                          const Tensor& timesteps, const Tensor& weights, const Tensor& margins) {
+                          const Tensor& target, const Tensor& timesteps, const Tensor& weights,
+                          const Tensor& margins) {
   if (reference) check_device(*reference, policy, "reference");
-  if (errors) check_device(*errors, policy, "reference");
   check_device(target, policy, "target");
   check_device(timesteps, policy, "timesteps");
   check_device(weights, policy, "weights");

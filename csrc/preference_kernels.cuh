@@ -86,7 +86,7 @@ __device__ A finish_pair(const Finish& a, int64_t pair, const double (&sums)[2][
       e_reference = sums[half][1] / n;
       d[half] = sums[half][2] / n;
     } else if (a.errors.data) {
-      e_reference = element(a.errors, row);
+      e_reference = static_cast<A>(element(a.errors, row));
       d[half] = e - e_reference;
     }
     if (!write) continue;

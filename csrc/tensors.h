@@ -37,11 +37,18 @@ inline DType dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-// whether the elements fill their memory, in any order
+// whether the elements fill their memory, in any order of the dimensions
 inline bool is_dense(const Tensor& x) {
-  int64_t last = 0;
-  for (int64_t i = 0; i < x.dim(); ++i) last += (x.size(i) - 1) * x.stride(i);
-  return last == x.numel() - 1;
+  if (x.is_contiguous()) return true;
+  int64_t filled = 1;
+  for (bool grown = true; grown;) {
+    grown = false;
+    for (int64_t i = 0; i < x.dim(); ++i) {
+      if (x.size(i) == 1 || x.stride(i) != filled) continue;
+      filled *= x.size(i), grown = true;
+    }
+  }
+  return filled == x.numel();
 }
 
 // [rows, …], dense, one row behind the other; the order inside a row is the caller's business
@@ -52,6 +59,27 @@ inline Rows rows_of(const Tensor& x, int64_t pairs, int64_t n, const char* name)
   STD_TORCH_CHECK(x.numel() == rows * n && (rows == 1 || x.stride(0) == n) && is_dense(x), name,
                   ": expected ", rows, " dense rows of ", n, " elements");
   return {x.data_ptr(), rows, dtype_of(x, name)};
+}
+
+// whether both hold rows of the same shape
+inline bool same_rows(const Tensor& x, const Tensor& y) {
+  bool same = x.dim() > 1 && x.dim() == y.dim();
+  for (int64_t i = 1; same && i < x.dim(); ++i) same = x.size(i) == y.size(i);
+  return same;
+}
+
+// whether such rows are dense, one behind the other, with their elements in one order
+inline bool same_order(const Tensor& x, const Tensor& y) {
+  bool same = is_dense(x) && is_dense(y);
+  for (int64_t i = 0; same && i < x.dim(); ++i) {
+    same = x.size(i) == 1 || y.size(i) == 1 || x.stride(i) == y.stride(i);
+  }
+  return same;
+}
+
+// copied only where it is not
+inline Tensor packed(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
 // where the gradient of a prediction goes: rows and dtype are the prediction's
@@ -92,6 +120,7 @@ inline Schedule schedule_of(const Tensor& timesteps, const Tensor& weights, cons
   const int64_t steps = weights.numel();
   const bool halves = timesteps.numel() == 2 * pairs;
   check_vector(timesteps, halves ? 2 * pairs : pairs, ScalarType::Long, "timesteps");
+  STD_TORCH_CHECK(timesteps.dim() == 1, "timesteps: expected a vector");
   const Column margin = margins ? column_of(*margins, steps, "margins") : Column{nullptr, false};
   return {static_cast<const int64_t*>(timesteps.data_ptr()), column_of(weights, steps, "weights"),
           margin, steps, halves};
@@ -174,6 +203,8 @@ inline Tensor empty_like_of(const Tensor& like, std::optional<int64_t> size, boo
 
 // What the forward reads and writes.
 struct Forward {
+  Tensor held[5];                  // what the following point into
+  OptionalTensor held_reference;
   Rows policy, reference, target;  // reference.data null: not read
   Column errors;                   // [2B], the reference's cached errors; data null: none
   Schedule schedule;
@@ -182,30 +213,51 @@ struct Forward {
   bool wide;
   Tensor loss, logits, policy_error, reference_error, margin;
 
+  // A gradient to write in the order of policy: that one, or one to copy to it.
+  Tensor in_order(const Tensor& gradient) const {
+    const Tensor& like = held[0];
+    STD_TORCH_CHECK(same_rows(gradient, like) && gradient.size(0) == like.size(0) &&
+                        gradient.scalar_type() == like.scalar_type(),
+                    "gradient: expected one like policy");
+    return same_order(gradient, like) ? gradient : torch::stable::empty_like(like);
+  }
   bool has_reference() const { return reference.data || errors.data; }
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
     return {loss, logits, policy_error, reference_error, margin};
   }
 };
 
-inline Forward forward_of(const Tensor& policy, const OptionalTensor& reference,
-                          const OptionalTensor& errors, const Tensor& target,
-                          const Tensor& timesteps, const Tensor& weights, const Tensor& margins,
-                          const Objective& objective) {
+// Looks at all there is to the inputs but their values, and copies those whose elements are not dense
+// or in another order than the others': a mean does not care which, if it is the same.
+inline Forward forward_of(Tensor policy, OptionalTensor reference, Tensor target, Tensor timesteps,
+                          Tensor weights, Tensor margins, const Objective& objective) {
   Forward f{};
+  STD_TORCH_CHECK(policy.numel() > 0, "policy: expected elements");
+  const bool prediction = reference && reference->dim() != 1;  // else errors [2B]
+  STD_TORCH_CHECK(same_rows(policy, target), "target: expected rows of policy's shape");
+  STD_TORCH_CHECK(!prediction || (same_rows(policy, *reference) &&
+                                  policy.size(0) == reference->size(0)),
+                  "reference: expected the shape of policy");
+  if (!same_order(policy, target) || (prediction && !same_order(policy, *reference))) {
+    policy = packed(policy), target = packed(target);
+    if (prediction) reference = packed(*reference);
+  }
+  if (reference && !prediction) reference = packed(*reference);
+  f.held[0] = policy, f.held[1] = target, f.held[2] = timesteps = packed(timesteps);
+  f.held[3] = weights = packed(weights), f.held[4] = margins = packed(margins);
+  f.held_reference = reference;
   const int64_t rows = policy.size(0) > target.size(0) ? policy.size(0) : target.size(0);
   STD_TORCH_CHECK(rows > 0 && rows % 2 == 0, "policy: expected an even batch, got ", rows);
   f.pairs = rows / 2;
   f.n = policy.numel() / policy.size(0);
-  STD_TORCH_CHECK(f.n > 0, "policy: expected elements");
   f.policy = rows_of(policy, f.pairs, f.n, "policy");
   f.target = rows_of(target, f.pairs, f.n, "target");
   f.wide = f.policy.dtype == F64 || f.target.dtype == F64;
-  if (reference) {
+  if (prediction) {
     f.reference = rows_of(*reference, f.pairs, f.n, "reference");
     f.wide = f.wide || f.reference.dtype == F64;
-  } else if (errors) {
-    f.errors = column_of(*errors, rows, "reference");
+  } else if (reference) {
+    f.errors = column_of(*reference, rows, "reference");
   }
   f.schedule = schedule_of(timesteps, weights, &margins, f.pairs);
   f.objective = objective;

@@ -127,9 +127,10 @@ def differentiable(gradient: type[torch.autograd.Function]) -> Callable:
     """Register a function as torch.ops.dde_fast.NAME, differentiable in its first argument.
 
     `gradient.apply` gets what to run, a list for the results that have no gradient (each output of a
-    Function costs a microsecond or two), the first argument and the others. `custom_op` and its `register_autograd` do the
-    same, at 100 µs a call. What comes back is for Python callers: in plain eager mode it leaves out
-    the dispatcher, which takes longer than a small batch.
+    Function costs a microsecond or two), the first argument and the others. `custom_op` and its
+    `register_autograd` do the same, at 100 µs a call. What comes back is for Python callers: in
+    plain eager mode it leaves out the dispatcher, which takes longer than a small batch; its
+    `plain` is for those who know already that they are in it.
     """
 
     def register(function: Callable) -> Callable:
@@ -143,22 +144,22 @@ def differentiable(gradient: type[torch.autograd.Function]) -> Callable:
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
 
-        def with_autograd(first, *rest, run=below_autograd, apply=gradient.apply):
+        def with_autograd(run, apply, first, *rest):
             if torch.is_grad_enabled() and first.requires_grad:
                 others: list[Tensor] = []
                 return *apply(run, others, first, rest), *others
             return run(first, *rest)
 
-        torch.library.impl(name, "Autograd", with_autograd)
+        kernel = functools.partial(with_autograd, below_autograd, gradient.apply)
+        torch.library.impl(name, "Autograd", kernel)
         # without Function's own way around functorch, which costs microseconds
         plain_apply = super(torch.autograd.Function, gradient).apply
 
         @functools.wraps(function)
         def call(first, *rest):
-            if not in_plain_eager(first):
-                return op(first, *rest)
-            return with_autograd(first, *rest, run=function, apply=plain_apply)
+            return (call.plain if in_plain_eager(first) else op)(first, *rest)
 
+        call.plain = functools.partial(with_autograd, function, plain_apply)
         return call
 
     return register

@@ -83,32 +83,6 @@ def _timesteps(timesteps: Tensor) -> Tensor:
     return timesteps.long().contiguous()
 
 
-def _forward_arguments(policy, reference, target, timesteps, weights, margins, *constants):
-    """The raw op's: reference's prediction and its errors apart, everything in one memory order."""
-    errors = None
-    if reference is not None and reference.dim() == 1:
-        wide = accumulation_dtype(policy, target)
-        reference, errors = None, reference.to(wide).contiguous()
-    if reference is None:
-        policy, target = same_layout(policy, target)
-    else:
-        policy, reference, target = same_layout(policy, reference, target)
-    beta, lose_weight, link, label_smoothing = constants
-    return (
-        policy,
-        reference,
-        errors,
-        target,
-        _timesteps(timesteps),
-        weights.contiguous(),
-        margins.contiguous(),
-        beta,
-        lose_weight,
-        LINK[link],
-        label_smoothing,
-    )
-
-
 def preference_loss(
     policy: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
     reference: Tensor | None,  # as policy, or its errors [2B], or None
@@ -122,12 +96,18 @@ def preference_loss(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """`dde_fast.reference.preference_loss` in one pass over the inputs (CUDA: one launch)."""
-    constants = (beta, lose_weight, link, label_smoothing)
-    arguments = _forward_arguments(
-        policy, reference, target, timesteps, weights, margins, *constants
+    loss, logits, error, reference_error, margin = _op("preference_loss", policy.device)(
+        policy,
+        reference,
+        target,
+        timesteps,
+        weights,
+        margins,
+        beta,
+        lose_weight,
+        LINK[link],
+        label_smoothing,
     )
-    op = _op("preference_loss", policy.device)
-    loss, logits, error, reference_error, margin = op(*arguments)
     return loss, logits, error, None if reference is None else reference_error, margin
 
 
@@ -142,21 +122,28 @@ def preference_loss_with_gradient(
     lose_weight: float,
     link: str,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """`preference_loss` and, last, d loss / d policy. CPU: a pair's gradient is written while its
-    inputs are still in the cache. CUDA: in one launch and one pass where a pair fits a cluster of
-    blocks (sm_90 and later), else in two launches, the second of which reads policy and target
-    again."""
-    constants = (beta, lose_weight, link, label_smoothing)
-    arguments = _forward_arguments(
-        policy, reference, target, timesteps, weights, margins, *constants
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`preference_loss` and, last, d loss / d policy; reference_error is [0] without a reference.
+
+    CPU: a pair's gradient is written while its inputs are still in the cache. CUDA: in one launch
+    and one pass where a pair fits a cluster of blocks (sm_90 and later), else in two launches, the
+    second of which reads policy and target again.
+    """
+    gradient = recycled.empty_like(policy)
+    results = _op("preference_loss_with_gradient", policy.device)(
+        gradient,
+        policy,
+        reference,
+        target,
+        timesteps,
+        weights,
+        margins,
+        beta,
+        lose_weight,
+        LINK[link],
+        label_smoothing,
     )
-    op = _op("preference_loss_with_gradient", policy.device)
-    out = recycled.empty_like(arguments[0])  # in the memory order of what it is made from
-    loss, logits, error, reference_error, margin = op(out, *arguments)
-    reference_error = None if reference is None else reference_error
-    gradient = out if arguments[0] is policy else torch.empty_like(policy).copy_(out)
-    return loss, logits, error, reference_error, margin, gradient
+    return *results, gradient
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:

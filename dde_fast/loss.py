@@ -202,16 +202,26 @@ class PreferenceLoss(nn.Module):
             raise ValueError(f"reference: objective {self.objective.name!r} needs it, got None")
         # straight from the dictionary: nn.Module's attributes cost a microsecond each
         weights, margins = self._buffers["weights"], self._buffers["margins"]
-        _check_inputs(policy, reference, target, timesteps, weights)
-        if timesteps.dtype != torch.int64:
-            timesteps = timesteps.long()
         backend = backends.resolve_backend(self.backend, policy.device)
+        inputs = (policy, reference, target, timesteps, weights)
+        # that one looks at them by itself, in less time
+        plain = backend == "cpp" and backends.in_plain_eager(policy)
+        if not plain or _wants_gradient(reference, target):
+            _check_inputs(*inputs)
+        if timesteps.dtype == torch.int32:
+            timesteps = timesteps.long()
         with_gradient = ops.gradient_with_forward(backend, policy)
         op = ops.preference_loss_with_gradient if with_gradient else ops.preference_loss
+        if plain:
+            op = op.plain
         constants = (self.beta, self.objective.lose_weight, self.link, self.label_smoothing)
-        loss, logits, policy_error, reference_error, margin, *_ = op(
-            policy, reference, target, timesteps, weights, margins, *constants, backend
-        )
+        try:
+            loss, logits, policy_error, reference_error, margin, *_ = op(
+                policy, reference, target, timesteps, weights, margins, *constants, backend
+            )
+        except RuntimeError:
+            _check_inputs(*inputs)  # says what was wrong in the caller's terms
+            raise
         if reference is None:
             reference_error = None
         if self.training and self.objective.correction:
@@ -225,9 +235,8 @@ class PreferenceLoss(nn.Module):
             )
             if self.auto_update:
                 self.update_ratios()
-        pairs = logits.size(0)
-        if timesteps.size(0) > pairs:  # equal halves
-            timesteps = timesteps[:pairs]
+        if timesteps.numel() > logits.numel():  # equal halves
+            timesteps = timesteps[: logits.numel()]
         return PreferenceOutput(loss, logits, policy_error, reference_error, margin, timesteps)
 
     @torch.no_grad()
@@ -271,6 +280,10 @@ class PreferenceLoss(nn.Module):
             if buffer.dtype != before[name].dtype:
                 self._buffers[name] = before[name].to(buffer.device)
         return self
+
+
+def _wants_gradient(reference: Tensor | None, target: Tensor) -> bool:
+    return target.requires_grad or (reference is not None and reference.requires_grad)
 
 
 def _check_inputs(

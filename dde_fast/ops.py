@@ -41,11 +41,11 @@ def _check_timesteps(timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
         raise ValueError("timesteps: expected equal halves (a pair shares its timestep)")
 
 
-def _explain_nan(loss: Tensor, timesteps: Tensor, pairs: int, num_timesteps: int) -> None:
+def _explain_nan(loss: Tensor, logits: Tensor, timesteps: Tensor, weights: Tensor) -> None:
     """On the CPU, refuse the timesteps if it is they that made the loss NaN: looked at afterwards, as
     a bad one always does, and reading one number costs less than reading them all."""
     if loss.is_cpu and math.isnan(loss.item()):
-        _check_timesteps(timesteps, pairs, num_timesteps)
+        _check_timesteps(timesteps, len(logits), len(weights))
 
 
 def _is_one(grad_loss: Tensor) -> bool:
@@ -117,7 +117,7 @@ def preference_loss(
     out = implementation(backend, "preference_loss")(
         policy, reference, target, timesteps, weights, margins, *constants
     )
-    _explain_nan(out[0], timesteps, out[1].size(0), weights.size(0))
+    _explain_nan(out[0], out[1], timesteps, weights)
     return _owned(out, reference)
 
 
@@ -198,11 +198,11 @@ def preference_loss_with_gradient(
     gradient is the backward's, which scales it in place.
     """
     constants = (beta, lose_weight, link, label_smoothing)
-    *out, gradient = implementation(backend, "preference_loss_with_gradient")(
+    out = implementation(backend, "preference_loss_with_gradient")(
         policy, reference, target, timesteps, weights, margins, *constants
     )
-    _explain_nan(out[0], timesteps, out[1].size(0), weights.size(0))
-    return *_owned(out, reference), gradient
+    _explain_nan(out[0], out[1], timesteps, weights)
+    return out
 
 
 @torch.library.register_fake("dde_fast::preference_loss_with_gradient")

@@ -153,7 +153,7 @@ def test_large_gradients_go_around_the_caches(isa, dtype):
     assert aligned.data_ptr() % 64 == 0 and moved.data_ptr() % 64 != 0
     for gradient in (aligned, moved.view(4, n)):
         gradient.fill_(float("nan"))
-        torch.ops.dde_fast_cpp.preference_loss_with_gradient(gradient, o, r, None, y, *rest)
+        torch.ops.dde_fast_cpp.preference_loss_with_gradient(gradient, o, r, y, *rest)
     assert aligned.isfinite().all() and aligned.flatten().equal(moved)
 
 
@@ -328,13 +328,13 @@ def test_refusals_keep_memory_safe():
     o, r, y, t, weights, margins, *_ = arguments()
     rest = (weights, margins, 5.0, 0.7, 0, 0.1)
     with pytest.raises(RuntimeError, match="target: expected 3 or 6 rows, got 2"):
-        op(o, r, None, y[:2], t, *rest)
-    with pytest.raises(RuntimeError, match="target: expected 6 dense rows of 252"):
-        op(o, r, None, y[:, :2], t, *rest)
+        op(o, r, y[:2], t, *rest)
+    with pytest.raises(RuntimeError, match="target: expected rows of policy.s shape"):
+        op(o, r, y[:, :2], t, *rest)
     with pytest.raises(RuntimeError, match="timesteps: expected 3"):
-        op(o, r, None, y, t[:2], *rest)
+        op(o, r, y, t[:2], *rest)
     with pytest.raises(RuntimeError, match="policy: expected float32"):
-        op(o.long(), r, None, y, t, *rest)
+        op(o.long(), r, y, t, *rest)
     op, (o, x, z) = torch.ops.dde_fast_cpp.ddim_step, (t.cpu() for t in step_inputs(shape=(4, 8)))
     k = coefficients().cpu()
     for args, message in (

@@ -15,14 +15,10 @@ def on_device(args):
 
 
 def with_gradient(args):
-    policy, reference, target, *tensors, beta, lose_weight, link, label_smoothing = args
-    cached = reference is not None and reference.dim() == 1
-    references = (None, reference) if cached else (reference, None)
-    gradient = torch.full_like(policy, float("nan"))
+    *tensors, beta, lose_weight, link, label_smoothing = args
+    gradient = torch.full_like(tensors[0], float("nan"))
     constants = (beta, lose_weight, compiled.LINK[link], label_smoothing)
-    out = torch.ops.dde_fast_cpp.preference_loss_with_gradient(
-        gradient, policy, *references, target, *tensors, *constants
-    )
+    out = torch.ops.dde_fast_cpp.preference_loss_with_gradient(gradient, *tensors, *constants)
     return [*out, gradient]
 
 

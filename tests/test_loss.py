@@ -287,6 +287,14 @@ GOOD = {"policy": (4, 4, 8, 8), "reference": (4, 4, 8, 8), "target": (2, 4, 8, 8
         ({"policy": torch.zeros(3, 4, 8, 8)}, r"policy: expected an even.*\[3, 4, 8, 8\]"),
         ({"target": torch.zeros(3, 4, 8, 8)}, r"target: expected .*got \[3, 4, 8, 8\]"),
         ({"reference": torch.zeros(4, 4, 8, 4)}, r"reference: expected .*got \[4, 4, 8, 4\]"),
+        ({"reference": torch.zeros(2, 4, 8, 8)}, r"reference: expected .*got \[2, 4, 8, 8\]"),
+        ({"reference": torch.zeros(4, 1)}, r"reference: expected .*got \[4, 1\]"),
+        ({"reference": torch.zeros(2)}, r"reference: expected .*got \[2\]"),
+        ({"reference": torch.zeros(())}, r"reference: expected .*got \[\]"),
+        ({"target": torch.zeros(4, 4, 4, 16)}, r"target: expected .*got \[4, 4, 4, 16\]"),
+        ({"policy": torch.zeros(0, 4, 8, 8)}, r"policy: expected an even.*\[0, 4, 8, 8\]"),
+        ({"policy": torch.zeros(4, 0, 8, 8)}, r"policy: expected an even.*\[4, 0, 8, 8\]"),
+        ({"policy": torch.zeros(4)}, r"policy: expected an even.*got \[4\]"),
         ({"reference": torch.zeros(4).half()}, "reference: expected its errors in float32"),
         ({"reference": None}, "reference: objective 'dde' needs it"),
         ({"policy": torch.zeros(4, 8, 8, 8)}, "learned variance"),
@@ -295,16 +303,21 @@ GOOD = {"policy": (4, 4, 8, 8), "reference": (4, 4, 8, 8), "target": (2, 4, 8, 8
         ({"reference": torch.zeros(4, 4, 8, 8, requires_grad=True)}, "reference: .*without grad"),
         ({"target": torch.zeros(2, 4, 8, 8, device="meta")}, "target: expected on .*got meta"),
         ({"timesteps": torch.zeros(3).long()}, r"timesteps: expected \[2\] or \[4\], got \[3\]"),
+        ({"timesteps": torch.zeros(2, 1).long()}, r"timesteps: expected .*got \[2, 1\]"),
         ({"timesteps": torch.zeros(2)}, "timesteps: expected int64, got torch.float32"),
         ({"timesteps": torch.tensor([0, 1000])}, r"timesteps: .*\[0, 1000\), got 1000"),
         ({"timesteps": torch.tensor([-1, 9])}, r"timesteps: .*\[0, 1000\), got -1"),
         ({"timesteps": torch.tensor([1, 2, 1, 3])}, "timesteps: expected equal halves"),
     ],
 )
-def test_bad_input_is_named(change, message):
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_bad_input_is_named(change, message, backend, trained):
+    """Whoever looks at it: before the op or, as `auto` has it on a CPU, the op itself."""
     inputs = {name: torch.zeros(shape) for name, shape in GOOD.items()}
     inputs["timesteps"] = torch.tensor([3, 4])
-    loss_fn = PreferenceLoss("dde", alphas_cumprod=ABAR)
+    inputs["policy"].requires_grad_(trained)
+    loss_fn = PreferenceLoss("dde", alphas_cumprod=ABAR, backend=backend)
     loss_fn(**inputs)
     with pytest.raises(ValueError, match=message):
         loss_fn(**{**inputs, **change})

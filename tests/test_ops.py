@@ -1,5 +1,7 @@
 """The ops: opcheck, gradcheck, compile, meta device, determinism, layouts, kernels against fp64."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import BACKENDS, DEVICE
@@ -225,10 +227,15 @@ def test_same_inputs_same_bits(backend):
         assert all(a.equal(b) for a, b in zip(run, runs[0], strict=True))
 
 
+def losses_of(backend):
+    with_gradient = backend in ops.WITH_GRADIENT
+    return [ops.preference_loss, *[ops.preference_loss_with_gradient] * with_gradient]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layouts(backend):
-    """channels_last, mixed and sliced inputs give the contiguous result; the gradient keeps the
-    policy's own layout."""
+    """channels_last, permuted, mixed and sliced inputs give the contiguous result; the gradient keeps
+    the policy's own layout."""
     base = arguments(pairs=2, shape=(4, 6, 10), backend=backend, shared=False)
     expected = ops.preference_loss(base[0].requires_grad_(), *base[1:])
     (gradient,) = torch.autograd.grad(expected[0], base[0])
@@ -239,14 +246,35 @@ def test_layouts(backend):
     def sliced(x):
         return torch.cat([x.detach(), x.detach()], 1)[:, :4]
 
-    for p, r, y in ((last,) * 3, (last, torch.clone, last), (torch.clone, last, sliced),
-                    (sliced,) * 3, (last, sliced, torch.clone)):  # fmt: skip
+    def permuted(x):
+        return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+
+    cases = ((last,) * 3, (last, torch.clone, last), (torch.clone, last, sliced), (sliced,) * 3,
+             (last, sliced, torch.clone), (permuted,) * 3, (permuted, last, permuted),
+             (torch.clone, permuted, last))  # fmt: skip
+    for loss, (p, r, y) in itertools.product(losses_of(backend), cases):
         policy = p(base[0]).detach().requires_grad_()
-        out = ops.preference_loss(policy, r(base[1]), y(base[2]), *base[3:])
+        out = loss(policy, r(base[1]), y(base[2]), *base[3:])
         torch.testing.assert_close(out[0], expected[0], rtol=1e-6, atol=1e-6)
         (layout,) = torch.autograd.grad(out[0], policy)
         torch.testing.assert_close(layout, gradient, rtol=1e-5, atol=1e-9)
         assert layout.stride() == torch.empty_like(policy).stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_only_seem_dense(backend):
+    """Rows behind one another whose last element lies where a dense row's does, with gaps and
+    repetitions between."""
+    base = arguments(pairs=2, shape=(4, 6, 10), backend=backend, shared=False)
+    seeming = [x.as_strided(x.shape, (240, 0, 46, 1)) for x in base[:3]]
+    for loss in losses_of(backend):
+        results = []
+        for inputs in (seeming, [x.contiguous() for x in seeming]):
+            policy = inputs[0].detach().requires_grad_()
+            out = loss(policy, *inputs[1:], *base[3:])
+            results.append([*out[:5], *torch.autograd.grad(out[0], policy)])
+        for a, b in zip(*results, strict=True):
+            assert a.equal(b)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
