@@ -140,7 +140,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     rows = []
     for number, row in enumerate(result["rows"]):
         low, high = middle_half(result, row)
-        launches = f", {row['launches']:,} launches" if "launches" in row else ""
+        launches = f", {row['launches']:,} launches" if row.get("launches") else ""
         state = f"{row['state_GiB']:.3g}" if "state_GiB" in row else "–"
         rows.append(
             [

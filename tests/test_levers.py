@@ -48,6 +48,7 @@ def test_micro_batches_are_told_where_a_step_has_several():
 def test_launches_are_told_where_a_gpu_counted_them():
     result = step_result()
     result["rows"][1]["launches"] = 1234
+    result["rows"][2]["launches"] = None  # it saw none
     hosts = [row[5] for row in levers.cells(result)]
     assert hosts == ["5", "4, 1,234 launches", "3", "2"]
 
