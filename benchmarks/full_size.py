@@ -91,7 +91,8 @@ def measure(name: str, run: Run, steps: int, **changes) -> dict:
     clock = Phases(device)
 
     with clock("build"):
-        unet = make_unet(run.unet, **changes)
+        with device:
+            unet = make_unet(run.unet, **changes)
         count = sum(parameter.numel() for parameter in unet.parameters())
         assert changes or count == PARAMETERS[run.unet]
         use_attention(unet, c.attention, e.dtype, device)
@@ -100,7 +101,8 @@ def measure(name: str, run: Run, steps: int, **changes) -> dict:
             engine = start_engine(c, e, unet)
             reference = lora.AdaptersOff(engine)
         else:
-            reference = make_unet(run.unet, **changes).to(device, e.dtype).requires_grad_(False)
+            with device:
+                reference = make_unet(run.unet, **changes).to(e.dtype).requires_grad_(False)
             reference.load_state_dict(unet.state_dict())
             engine = start_engine(c, e, unet)
             use_attention(reference, c.attention, e.dtype, device)

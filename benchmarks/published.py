@@ -108,6 +108,7 @@ def write_pipeline(folder: Path, name: str, latent: int, small: bool = False) ->
         small: make every part small, for a test.
     """
     torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = [CLIP_L | changes | (SMALL if small else {}) for changes in TEXTS[name]]
     width = sum(text["hidden_size"] for text in texts)
     changes: dict = {"sample_size": latent}
@@ -133,19 +134,22 @@ def write_pipeline(folder: Path, name: str, latent: int, small: bool = False) ->
     )
     known = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-    encoders = [
-        kind(CLIPTextConfig(**text | known)) for kind, text in zip(kinds, texts, strict=False)
-    ]
-    parts = {
-        "vae": AutoencoderKL(
+    with device:
+        encoders = [
+            kind(CLIPTextConfig(**text | known)) for kind, text in zip(kinds, texts, strict=False)
+        ]
+        vae = AutoencoderKL(
             block_out_channels=channels,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=1 if small else 2,
             latent_channels=4,
             **VAES[name],
-        ),
-        "unet": make_unet(name, **changes),
+        )
+        unet = make_unet(name, **changes)
+    parts = {
+        "vae": vae,
+        "unet": unet,
         "scheduler": DDPMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
         ),
