@@ -11,7 +11,8 @@ bf16 under autocast. The objective is Diffusion-DPO in all of them, and a step h
 though fewer than a real run's. Medians over the rounds; the operations of the models are counted, and the
 rate of a matrix product is measured in the same rounds. What data is waited for is measured after them,
 in consecutive steps. Not in the times: logging to files, checkpoints. The result is written after each
-round.
+round, and before them, without times, after the first steps of each variant. A variant for which a GPU's
+memory does not suffice stands under `failed` instead; SDXL's two policies need a GPU of 140 GB.
 """
 
 from __future__ import annotations
@@ -33,7 +34,16 @@ from conftest import commit
 from full_size import machine
 from published import write_pipeline, write_random_pairs
 from published_step import Encoded, Encoding, Policy, PublishedStep
-from step_costs import Variant, data_wait, inspect, matrix_product, rounded, summary, take_turns
+from step_costs import (
+    Variant,
+    data_wait,
+    inspect,
+    matrix_product,
+    rounded,
+    summary,
+    take_turns,
+    within_memory,
+)
 
 from dde_fast import embedded, models, prepare, train
 from dde_fast.attention import ATTENTION
@@ -207,7 +217,7 @@ def make_variants(
 def measure(
     name: str, case: Case, rounds: int, small: bool, folder: Path, write: Callable[[dict], None]
 ) -> None:
-    """Measure one case, and write the result so far after each round."""
+    """Measure one case, and write the result so far as it goes."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")  # the seconds of a first start
     launch_environment()
     models.quiet_libraries()
@@ -230,10 +240,6 @@ def measure(
             tensor.nbytes for part in variants[0].source.parts for tensor in part.parameters()
         ),
     }
-    variants[0].ready()
-    variants[0].step()  # the optimizer's moments
-    counters = {id(state["step"]) for state in variants[0].optimizer.state.values()}
-    rows = [inspect(variant, frozen, counters) for variant in variants]
     about = {
         "case": name,
         "model": case.unet or "embedded",
@@ -248,16 +254,45 @@ def measure(
         "flops_per_pair": count[True],
         "machine": machine() | {"commit": commit()},
     }
+    rows = look(variants, frozen, about, write)
     flops = [count[variant.reference] for variant in variants]
-    waits = 1 if case.unet and device.type == "cpu" else 5
+    waits = {"cpu": 1, "cuda": 2}[device.type] if case.unet else 5
     follow(variants, rows, flops, about, rounds, product, waits, write)
     for variant in variants[1:]:
         variant.source.close()
 
 
+def look(
+    variants: list[Variant], frozen: dict[str, int], about: dict, write: Callable[[dict], None]
+) -> list[dict | None]:
+    """What `inspect` finds of each, written and said as it goes; None where memory does not suffice.
+
+    Raises:
+        SystemExit: it does for none.
+    """
+    variants[0].ready()
+    within_memory(variants[0], variants[0].step)  # the optimizer's moments
+    counters = {id(state["step"]) for state in variants[0].optimizer.state.values()}
+    rows = []
+    for variant in variants:
+        rows.append(within_memory(variant, partial(inspect, variant, frozen, counters)))
+        print(rows[-1], flush=True)
+        found = {"rounds": 0, "rows": [row for row in rows if row]}
+        write(rounded(about | found | failures(variants)))
+    if not any(rows):
+        raise SystemExit("no step fits into this GPU's memory")
+    return rows
+
+
+def failures(variants: list[Variant]) -> dict:
+    """What a result says of variants that do not fit."""
+    failed = {variant.name: variant.failed for variant in variants if variant.failed}
+    return {"failed": failed} if failed else {}
+
+
 def follow(
     variants: list[Variant],
-    rows: list[dict],
+    rows: list[dict | None],
     flops: list[int],
     about: dict,
     rounds: int,
@@ -269,7 +304,7 @@ def follow(
 
     Args:
         variants: what takes turns.
-        rows: what `inspect` found of each.
+        rows: of `look`.
         flops: per pair, of each.
         about: what the result says beside.
         rounds: how many.
@@ -280,12 +315,21 @@ def follow(
     multiply, operations = product
     for done, (seen, products) in enumerate(take_turns(variants, rounds, multiply), 1):
         rate = operations / statistics.median(products)
-        found = {"rounds": done, "matrix_TFLOPs": rate / 1e12}
-        found["rows"] = summary(rows, list(seen.values()), rate, about["pairs"], flops)
-        result = about | found
+        result = about | {"rounds": done, "matrix_TFLOPs": rate / 1e12} | failures(variants)
+        ran = [i for i, variant in enumerate(variants) if not variant.failed]
+        result["rows"] = summary(
+            [rows[i] for i in ran],
+            [seen[variants[i].name] for i in ran],
+            rate,
+            about["pairs"],
+            [flops[i] for i in ran],
+            published=0 in ran,
+        )
         write(rounded(result))
-    for variant, row in zip(variants, result["rows"], strict=True):
-        row["data_wait"] = data_wait(variant, waits, about["micro_batches"])
+    for i, row in zip(ran, result["rows"], strict=True):
+        call = partial(data_wait, variants[i], waits, about["micro_batches"])
+        if (share := within_memory(variants[i], call)) is not None:
+            row["data_wait"] = share
     write(rounded(result))
 
 
@@ -329,7 +373,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         measure(args.case, case, args.rounds or case.rounds, args.small, Path(folder), write)
     for row in json.loads(args.output.read_text())["rows"]:
-        print({key: row[key] for key in ("name", "pairs_per_s", "times_published", "times_published_in_work")})  # fmt: skip
+        print({key: row.get(key) for key in ("name", "pairs_per_s", "times_published", "times_published_in_work")})  # fmt: skip
     torch.distributed.destroy_process_group()
 
 

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from dde_fast.loader import AHEAD, Loader
 
 Seen = dict[str, list[tuple[float, float]]]
 """Variant -> (seconds, work) of its step in each round."""
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -38,6 +42,8 @@ class Variant:
     encoders: bool = False
     stance: str = ""
     """Of torch.compile, where it has compiled something."""
+    failed: str = ""
+    """What CUDA says where the step ran out of memory."""
 
     def ready(self) -> None:
         """The policy may be shared with others that do otherwise."""
@@ -46,6 +52,23 @@ class Variant:
             getattr(self.unet, f"{toggle}_gradient_checkpointing")()
         if self.stance:
             torch.compiler.set_stance(self.stance)
+
+
+def within_memory(variant: Variant, call: Callable[[], Found]) -> Found | None:
+    """What a call that takes steps of a variant gives; None where a GPU's memory does not suffice or
+    did not before. What its model and optimizer got for it is given back: others may need less."""
+    if variant.failed:
+        return None
+    try:
+        return call()
+    except torch.OutOfMemoryError as error:
+        variant.failed = str(error).split("\n")[0]
+    print(f"{variant.name}: {variant.failed}", flush=True)
+    variant.unet.zero_grad()
+    if isinstance(variant.optimizer, torch.optim.Optimizer):
+        variant.optimizer.state.clear()  # it would keep the moments of some parameters
+    gc.collect()
+    return None
 
 
 class HostReads(TorchDispatchMode):
@@ -162,7 +185,8 @@ def take_turns(
         for variant in variants[first:] + variants[:first]:
             variant.ready()
             products.append(timed(lambda: repeat(product, times))[0] / times)
-            seen[variant.name].append(timed(variant.step))
+            if times_of_step := within_memory(variant, partial(timed, variant.step)):
+                seen[variant.name].append(times_of_step)
         yield seen, products
 
 
@@ -191,6 +215,7 @@ def summary(
     rate: float,
     pairs: int,
     flops: list[int],
+    published: bool = True,
 ) -> list[dict]:
     """The rows with medians.
 
@@ -200,6 +225,7 @@ def summary(
         rate: operations per second of a matrix product.
         pairs: of a step.
         flops: per pair, of each row.
+        published: whether the first row is the published structure, which the others are compared with.
     """
     found = []
     for row, times, operations in zip(rows, seen, flops, strict=True):
@@ -212,6 +238,8 @@ def summary(
             "share_of_arithmetic": operations * pairs / median / rate,
         }
         found.append(row | medians)
+    if not published:
+        return found
     first = found[0]
     for row in found:
         row["times_published"] = first["seconds"]["median"] / row["seconds"]["median"]

@@ -123,6 +123,36 @@ def test_a_gpu_multiplies_several_times_per_timing(monkeypatch, gpu, times):
     assert len(called) == 1 + times and len(products) == 1
 
 
+def test_what_does_not_fit_a_gpu_costs_no_other_row(tmp_path, capsys):
+    """One variant that never fits, one that no longer does when others have their moments."""
+    steps, written = itertools.count(), []
+
+    def never() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nSee documentation")
+
+    def later() -> None:
+        if next(steps) == 5:  # of which looking takes four
+            never()
+
+    names = {"published structure": never, "later": later, "a lever": lambda: None}
+    variants = [variant(name, step) for name, step in names.items()]
+    variants[0].optimizer.state["weight"] = {"step": torch.zeros(())}  # as far as it came
+    frozen = {"reference": 0, "encoders": 0}
+    rows = bench.look(variants, frozen, {"case": "sdxl"}, written.append)
+    assert rows[0] is None and not variants[0].optimizer.state
+    assert [len(result["rows"]) for result in written] == [0, 1, 2]
+    assert written[-1]["failed"] == {"published structure": "CUDA out of memory."}
+    about = {"pairs": 4, "micro_batches": 2}
+    product = (lambda: np.ones(9).sum(), 9)
+    bench.follow(variants, rows, [3, 2, 2], about, 3, product, 1, written.append)
+    assert written[-1]["failed"].keys() == {"published structure", "later"}
+    (row,) = written[-1]["rows"]
+    assert row["name"] == "a lever" and row["pairs_per_s"] > 0 and "times_published" not in row
+    assert "later: CUDA out of memory." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no step fits"):
+        bench.look([variant("a", never)], frozen, {}, written.append)
+
+
 def test_a_run_that_is_cut_off_leaves_the_rounds_it_did(tmp_path):
     """After each of them there is a whole file, which is shown with a dash for the waits."""
     path, turns = tmp_path / "step.json", itertools.count()
