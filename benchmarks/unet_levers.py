@@ -4,7 +4,8 @@
 
 Forward and backward of a policy, and forward of a reference, of the published architecture with random
 weights in bf16, one way after the other on the same inputs, each beside the default in the same
-minutes: the default is measured before and after each. A way that cannot run here says why.
+minutes: the default is measured before and after each. A way that cannot run here says why, also where
+it needs more memory than there is. The result is written after each way, what matters most first.
 """
 
 from __future__ import annotations
@@ -56,16 +57,22 @@ class Way:
     """Of `dde_fast.attention.ATTENTION`."""
 
 
+ATTENTION = {f"{name} attention": Way(attention=name) for name in KERNELS}
 WAYS = {
-    **{f"{name} attention": Way(attention=name) for name in KERNELS},
-    "channels_last": Way(channels_last=True),
     "compiled, regional": Way(COMPILE["regional"]),
-    "compiled, with ResNets": Way(compile_blocks),
-    "compiled, whole": Way(COMPILE["whole"]),
-    "compiled, whole, channels_last": Way(COMPILE["whole"], channels_last=True),
     "compiled, whole, CUDA graphs": Way(COMPILE["graphs"]),
+    "compiled, whole": Way(COMPILE["whole"]),
+    **ATTENTION,
+    "channels_last": Way(channels_last=True),
+    "compiled, whole, channels_last": Way(COMPILE["whole"], channels_last=True),
+    "compiled, with ResNets": Way(compile_blocks),
 }
 """Beside the default: eager, PyTorch's choice of attention, default memory order."""
+SHORT = {
+    "sd15": list(WAYS),
+    "sdxl": ["compiled, regional", *ATTENTION, "channels_last", "compiled, whole, CUDA graphs"],
+}
+"""Unless others are asked for: SDXL takes minutes to compile whole, so it is once and last."""
 
 
 class Model:
@@ -146,7 +153,8 @@ def look(model: Model, way: Way, rounds: int) -> dict:
             got = model.infer().float().clone()
         found = {"compile_seconds": compiling.lately()} if way.compile else {}
         train, infer = (seconds(call, rounds) for call in (model.train, model.infer))
-        found["step_GiB"] = peak_extra_bytes(model.train) / 2**30
+        if way.compile is not COMPILE["graphs"]:  # whose memory is no call's, but theirs throughout
+            found["step_GiB"] = peak_extra_bytes(model.train) / 2**30
         if torch.cuda.is_available():
             found["launches"] = launches(model.train)
     model.train()
@@ -194,10 +202,10 @@ def main() -> None:
     parser.add_argument("unet", choices=PAIRS)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--small", action="store_true", help="a tiny model, for a test")
     args = parser.parse_args()
-    ways = {name: WAYS[name] for name in args.ways}
+    ways = {name: WAYS[name] for name in args.ways or SHORT[args.unet]}
     args.output.parent.mkdir(parents=True, exist_ok=True)
 
     def write(result: dict) -> None:

@@ -61,6 +61,27 @@ def test_the_ways_to_run_a_unet_are_measured(tmp_path):
         assert "cudnn" in rows["cudnn attention"]["failed"]
 
 
+LOOKED_AT = """
+import contextlib, torch, unet_levers
+from types import SimpleNamespace
+
+model = SimpleNamespace(train=lambda: None, infer=lambda: torch.ones(2), flops=1)
+model.running = lambda way: contextlib.nullcontext()
+for name, way in unet_levers.WAYS.items():
+    if way.compile:
+        print(name, "step_GiB" in unet_levers.look(model, way, 2), sep="=")
+"""
+
+
+def test_memory_of_cuda_graphs_is_not_said_to_be_none():
+    """They hold it all the time, so that a step asks for nothing."""
+    command = [sys.executable, "-c", LOOKED_AT]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=300)
+    said = dict(line.split("=") for line in done.stdout.splitlines())
+    assert said.pop("compiled, whole, CUDA graphs") == "False", done.stderr
+    assert said and set(said.values()) == {"True"}
+
+
 def test_after_a_way_the_default_is_the_default_again():
     """Else the next way would be measured beside another one."""
     code = """
