@@ -72,11 +72,8 @@ def test_what_a_gpu_machine_runs_and_says(tmp_path, given, said):
     assert {"logs/cuda.log", "logs/cuda_ops.log", "not-done.txt", *(f"logs/tests/{name}.log" for name in tests)} <= set(names)  # fmt: skip
     assert called.count(" tests/test_") == len(tests) + 2
     order = ["setup.py build_ext", "compiled.why_not", "test_cuda.py", "bench_noise.py"]
-    order += [
-        "bench_loss.py",
-        "tests/test_strides.py",
-        "tests/test_weights.py",
-    ]  # six run at a time
+    # six tests run at a time, so that the first is before the last but not its neighbour
+    order += ["bench_loss.py", "tests/test_strides.py", "tests/test_weights.py"]
     order += ["unet_levers.py sdxl"]
     steps = ("sd15 --compile regional", "sdxl --compile regional", "embedded")
     order += [f"bench_train_step.py {case} " for case in steps]
