@@ -330,7 +330,7 @@ def follow(
         call = partial(data_wait, variants[i], waits, about["micro_batches"])
         if (share := within_memory(variants[i], call)) is not None:
             row["data_wait"] = share
-    write(rounded(result))
+    write(rounded(result | failures(variants)))
 
 
 def choose(args: argparse.Namespace) -> Case:

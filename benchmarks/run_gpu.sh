@@ -39,9 +39,9 @@ for name in (*names.split(), "dde_fast.train"):
         faults.append(f"{name} ({error})".replace("\n", " "))
 if "torch" in sys.modules and not sys.modules["torch"].cuda.is_available():
     faults.append("a GPU that torch sees")
-sys.exit(", ".join(faults) or None)
+sys.exit(f"missing: {', '.join(faults)}" if faults else None)
 END
-) || refuse "missing: ${missing##*$'\n'}"
+) || refuse "$(grep "^missing: " <<<"$missing" || echo "$missing")"
 end=$((60 * minutes)) due=$SECONDS
 : >"$out/not-done.txt"
 
@@ -51,7 +51,7 @@ not_done() { echo "$*" | tee -a "$out/not-done.txt"; status=1; }
 
 finish() {
     local results=("$out"/*.json)
-    grep -rhE "^(FAILED|ERROR)|(passed|failed|error).* in " "$out/logs/tests"
+    grep -rhE --include="*.log" "^(FAILED|ERROR)|(passed|failed|error).* in " "$out/logs/tests"
     cat "$out/not-done.txt"
     tar -czf "$out/logs.tar.gz" dde_fast/_c*.so -C "$out" logs not-done.txt "${results[@]##*/}" &&
         rm -r "$out/logs"
@@ -65,6 +65,7 @@ part() {
     budget=$(((due < end ? due : end) - SECONDS))
     shift 2
     if [ "$budget" -lt 20 ]; then not_done "skipped, no time left: $name"; return 0; fi
+    export stop_at=$(($(date +%s) + budget - 15))
     : >"$out/logs/$name.log"  # what else opens it appends too
     # pytest writes what it has when it is interrupted
     timeout --signal=INT --kill-after=10 "$budget" "$@" >>"$out/logs/$name.log" 2>&1
@@ -107,9 +108,10 @@ passed() {
 tests() {
     ls -U tests/test_{compilation,loader,packing,waits,ops*,loss,noise,ratios,sampling*,strides,triton_configs}.py \
         tests/test_*.py | awk '!seen[$0]++' | OMP_NUM_THREADS=2 xargs -P 6 -I{} sh -c '
-            name=$(basename "$1" .py)
-            python3 -m pytest --junitxml="$out/logs/tests/$name.xml" --durations=3 -q "$1" \
-                >"$out/logs/tests/$name.log" 2>&1' _ {}
+            name=$(basename "$1" .py) left=$((stop_at - $(date +%s)))
+            if [ "$left" -lt 5 ]; then echo "no time left: $name"; exit 1; fi
+            timeout --signal=INT --kill-after=5 "$left" python3 -m pytest -q "$1" --durations=3 \
+                --junitxml="$out/logs/tests/$name.xml" >"$out/logs/tests/$name.log" 2>&1' _ {}
 }
 export -f tests
 

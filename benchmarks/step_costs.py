@@ -56,12 +56,15 @@ class Variant:
 
 def within_memory(variant: Variant, call: Callable[[], Found]) -> Found | None:
     """What a call that takes steps of a variant gives; None where a GPU's memory does not suffice or
-    did not before. What its model and optimizer got for it is given back: others may need less."""
+    did not before. What its model and optimizer got for it is given back, as others may need less;
+    DeepSpeed's engine keeps what it has."""
     if variant.failed:
         return None
     try:
         return call()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # the allocator's own kind, cuBLAS's or a compiled op's
+        if not any(said in str(error) for said in ("out of memory", "ALLOC_FAILED")):
+            raise
         variant.failed = str(error).split("\n")[0]
     print(f"{variant.name}: {variant.failed}", flush=True)
     variant.unet.zero_grad()

@@ -1,5 +1,6 @@
 // From torch tensors to the plain views of rows.h, with the checks that keep memory safe; and the
-// arguments of the raw ops as CPU and CUDA both read them. Shapes were checked in Python already.
+// arguments of the raw ops as CPU and CUDA both read them. The loss looks at all there is to shapes
+// here, for the other ops Python did.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -68,9 +69,14 @@ inline bool same_rows(const Tensor& x, const Tensor& y) {
   return same;
 }
 
-// whether such rows are dense, one behind the other, with their elements in one order
+// whether rows are dense and lie one behind the other
+inline bool is_rows(const Tensor& x) {
+  return is_dense(x) && (x.size(0) == 1 || x.stride(0) * x.size(0) == x.numel());
+}
+
+// whether both are such rows of one shape with their elements in one order
 inline bool same_order(const Tensor& x, const Tensor& y) {
-  bool same = is_dense(x) && is_dense(y);
+  bool same = is_rows(x) && is_rows(y);
   for (int64_t i = 0; same && i < x.dim(); ++i) {
     same = x.size(i) == 1 || y.size(i) == 1 || x.stride(i) == y.stride(i);
   }
@@ -118,6 +124,7 @@ const T* optional_data(const OptionalTensor& x, int64_t size, ScalarType dtype, 
 inline Schedule schedule_of(const Tensor& timesteps, const Tensor& weights, const Tensor* margins,
                             int64_t pairs) {
   const int64_t steps = weights.numel();
+  STD_TORCH_CHECK(steps > 0, "weights: expected some");
   const bool halves = timesteps.numel() == 2 * pairs;
   check_vector(timesteps, halves ? 2 * pairs : pairs, ScalarType::Long, "timesteps");
   STD_TORCH_CHECK(timesteps.dim() == 1, "timesteps: expected a vector");
@@ -203,8 +210,7 @@ inline Tensor empty_like_of(const Tensor& like, std::optional<int64_t> size, boo
 
 // What the forward reads and writes.
 struct Forward {
-  Tensor held[5];                  // what the following point into
-  OptionalTensor held_reference;
+  OptionalTensor held[6];          // what the following point into; policy first
   Rows policy, reference, target;  // reference.data null: not read
   Column errors;                   // [2B], the reference's cached errors; data null: none
   Schedule schedule;
@@ -215,7 +221,7 @@ struct Forward {
 
   // A gradient to write in the order of policy: that one, or one to copy to it.
   Tensor in_order(const Tensor& gradient) const {
-    const Tensor& like = held[0];
+    const Tensor& like = *held[0];
     STD_TORCH_CHECK(same_rows(gradient, like) && gradient.size(0) == like.size(0) &&
                         gradient.scalar_type() == like.scalar_type(),
                     "gradient: expected one like policy");
@@ -245,7 +251,7 @@ inline Forward forward_of(Tensor policy, OptionalTensor reference, Tensor target
   if (reference && !prediction) reference = packed(*reference);
   f.held[0] = policy, f.held[1] = target, f.held[2] = timesteps = packed(timesteps);
   f.held[3] = weights = packed(weights), f.held[4] = margins = packed(margins);
-  f.held_reference = reference;
+  f.held[5] = reference;
   const int64_t rows = policy.size(0) > target.size(0) ? policy.size(0) : target.size(0);
   STD_TORCH_CHECK(rows > 0 && rows % 2 == 0, "policy: expected an even batch, got ", rows);
   f.pairs = rows / 2;

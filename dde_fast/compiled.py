@@ -85,9 +85,9 @@ def _timesteps(timesteps: Tensor) -> Tensor:
 
 def preference_loss(
     policy: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
-    reference: Tensor | None,  # as policy, or its errors [2B], or None
+    reference: Tensor | None,  # as policy, or its errors [2B] in fp32 or fp64, or None
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    timesteps: Tensor,  # [B] or [2B]
+    timesteps: Tensor,  # int64 [B] or [2B]
     weights: Tensor,  # [T]
     margins: Tensor,  # [T]
     beta: float,
@@ -113,9 +113,9 @@ def preference_loss(
 
 def preference_loss_with_gradient(
     policy: Tensor,  # [2B, C, H, W], or [B, C, H, W] shared by the pair
-    reference: Tensor | None,  # as policy, or its errors [2B], or None
+    reference: Tensor | None,  # as policy, or its errors [2B] in fp32 or fp64, or None
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    timesteps: Tensor,  # [B] or [2B]
+    timesteps: Tensor,  # int64 [B] or [2B]
     weights: Tensor,  # [T]
     margins: Tensor,  # [T]
     beta: float,
@@ -158,7 +158,7 @@ def preference_loss_backward(
     grad_policy_error: Tensor | None,  # [2B]
     policy: Tensor,  # [2B, C, H, W] or [B, C, H, W]
     target: Tensor,  # [2B, C, H, W] or [B, C, H, W]
-    timesteps: Tensor,  # [B] or [2B]
+    timesteps: Tensor,  # int64 [B] or [2B]
     logits: Tensor,  # [B]
     weights: Tensor,  # [T]
     beta: float,

@@ -37,10 +37,10 @@ READING = (
 )
 
 NUMBERS = ("parameters", "pairs", "rounds", "matrix_TFLOPs")
-ROW = ("pairs_per_s", "times_published", "share_of_arithmetic", "step_GiB", "frozen_GiB")
-ROW += ("host_reads",)
-OPTIONAL = ("state_GiB", "data_wait")
-"""Of a row: older files lack the first, those of a run that was cut off the second."""
+ROW = ("pairs_per_s", "share_of_arithmetic", "step_GiB", "frozen_GiB", "host_reads")
+OPTIONAL = ("state_GiB", "data_wait", "times_published")
+"""Of a row: older files lack the first, those of a run that was cut off the second, and the third where
+the published structure does not fit a GPU."""
 QUARTILES = ("lower_quartile", "median", "upper_quartile")
 
 
@@ -124,10 +124,17 @@ def subject(result: dict[str, Any]) -> str:
 def place(result: dict[str, Any]) -> str:
     """Where it was measured, how often, and at which rate a matrix product ran there."""
     machine = result["machine"]
+    failed = "".join(f"; {name} failed: {why}" for name, why in result.get("failed", {}).items())
     return (
         f"{machine['device']}, {machine['threads']} threads, torch {machine['versions']['torch']}; "
         f"{result['rounds']} rounds; matrix product {1e3 * result['matrix_TFLOPs']:,.0f} GFLOP/s"
+        f"{failed}"
     )
+
+
+def times_published(row: dict[str, Any]) -> str:
+    """As often as the published structure; a dash where that did not run."""
+    return f"{row['times_published']:.2f}" if "times_published" in row else "–"
 
 
 def middle_half(result: dict[str, Any], row: dict[str, Any]) -> tuple[float, float]:
@@ -146,7 +153,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
             [
                 f"{'+ ' * (number > 0)}{row['name']}",
                 f"{row['pairs_per_s']:.3g} [{low:.3g}, {high:.3g}]",
-                f"{row['times_published']:.2f}",
+                times_published(row),
                 f"{100 * row['share_of_arithmetic']:.0f} %",
                 f"{row['step_GiB']:.3g} + {state} + {row['frozen_GiB']:.3g}",
                 f"{row['host_reads']}{launches}",
@@ -173,7 +180,7 @@ def waterfall(result: dict[str, Any]) -> Figure:
         axes.plot([low, high], [number, number], color=INK, lw=1.4, solid_capstyle="butt")
         end = max(before, rate, high)
         share = f"{100 * row['share_of_arithmetic']:.0f} %"
-        said = f"{rate:.3g}, {row['times_published']:.2f}×, {share}"
+        said = f"{rate:.3g}, {times_published(row)}×, {share}"
         beside = {"xytext": (4, 0), "textcoords": "offset points"}
         axes.annotate(said, (end, number), color=INK, va="center", fontsize=9, **beside)
         before, farthest = rate, max(farthest, end)

@@ -335,6 +335,8 @@ def test_refusals_keep_memory_safe():
         op(o, r, y, t[:2], *rest)
     with pytest.raises(RuntimeError, match="policy: expected float32"):
         op(o.long(), r, y, t, *rest)
+    with pytest.raises(RuntimeError, match="weights: expected some"):
+        op(o, r, y, t, weights[:0], margins[:0], *rest[2:])
     op, (o, x, z) = torch.ops.dde_fast_cpp.ddim_step, (t.cpu() for t in step_inputs(shape=(4, 8)))
     k = coefficients().cpu()
     for args, message in (

@@ -38,6 +38,20 @@ def test_what_an_older_or_unfinished_file_lacks_is_a_dash(tmp_path):
     assert (row[4], row[6]) == ("0.125 + – + 0.25", "–")
 
 
+def test_a_result_without_the_published_structure_compares_with_nothing(tmp_path):
+    """Where a GPU's memory does not suffice for it, which is said."""
+    result = step_result()
+    del result["rows"][0]
+    for row in result["rows"]:
+        del row["times_published"]
+    result["failed"] = {"published structure": "CUDA out of memory."}
+    (tmp_path / "step.json").write_text(json.dumps(result))
+    found = levers.read(tmp_path / "step.json").result
+    assert {row[2] for row in levers.cells(found)} == {"–"}
+    assert levers.place(found).endswith("; published structure failed: CUDA out of memory.")
+    assert "40, –×, 40 %" in {text.get_text() for text in levers.waterfall(found).axes[0].texts}
+
+
 def test_micro_batches_are_told_where_a_step_has_several():
     assert levers.batch_of(step_result()) == "16 pairs"
     result = step_result(micro_batches=4, pairs_per_micro_batch=4)

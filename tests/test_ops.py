@@ -249,9 +249,16 @@ def test_layouts(backend):
     def permuted(x):
         return x.detach().transpose(1, 2).contiguous().transpose(1, 2)
 
+    def batch_last(x):
+        return x.detach().movedim(0, 3).contiguous().movedim(3, 0)
+
+    def batch_within(x):
+        return x.detach().transpose(0, 1).contiguous().transpose(0, 1)
+
     cases = ((last,) * 3, (last, torch.clone, last), (torch.clone, last, sliced), (sliced,) * 3,
              (last, sliced, torch.clone), (permuted,) * 3, (permuted, last, permuted),
-             (torch.clone, permuted, last))  # fmt: skip
+             (torch.clone, permuted, last), (batch_last,) * 3, (batch_within,) * 3,
+             (batch_last, torch.clone, last))  # fmt: skip
     for loss, (p, r, y) in itertools.product(losses_of(backend), cases):
         policy = p(base[0]).detach().requires_grad_()
         out = loss(policy, r(base[1]), y(base[2]), *base[3:])

@@ -111,6 +111,26 @@ def test_what_is_cut_off_may_write_what_it_has(tmp_path):
         assert logs.extractfile("logs/kernels-ddim.log").read() == b"interrupted\n"
 
 
+def test_a_test_that_hangs_is_said_and_leaves_its_log(tmp_path):
+    script = SCRIPT.read_text().replace("part tests 540", "part tests 22")
+    assert "tests 22" in script
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/cut.sh").write_text(script)
+    (tmp_path / "tests").mkdir()
+    for name in ("ops", "strides", "weights"):
+        (tmp_path / f"tests/test_{name}.py").touch()
+    earlier = tmp_path / "out/logs/tests/earlier.xml"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("a line of a million characters: 1 failed in it")
+    given = {"PARTS": "tests", "SLOW": "test_ops.py", "PYTHONPATH": str(ROOT)}
+    done, _ = run(tmp_path, tmp_path / "benchmarks/cut.sh", **given)
+    assert "failed (123): tests" in done.stdout, done.stdout + done.stderr
+    assert "a million" not in done.stdout
+    with tarfile.open(tmp_path / "out/logs.tar.gz") as logs:
+        assert logs.extractfile("logs/tests/test_ops.log").read() == b"interrupted\n"
+        assert "logs/tests/test_weights.log" in logs.getnames()
+
+
 @pytest.mark.parametrize(
     "given, said",
     [

@@ -132,7 +132,10 @@ def test_what_does_not_fit_a_gpu_costs_no_other_row(tmp_path, capsys):
 
     def later() -> None:
         if next(steps) == 5:  # of which looking takes four
-            never()
+            raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+    def broken() -> None:
+        raise RuntimeError("a fault of another kind")
 
     names = {"published structure": never, "later": later, "a lever": lambda: None}
     variants = [variant(name, step) for name, step in names.items()]
@@ -148,7 +151,9 @@ def test_what_does_not_fit_a_gpu_costs_no_other_row(tmp_path, capsys):
     assert written[-1]["failed"].keys() == {"published structure", "later"}
     (row,) = written[-1]["rows"]
     assert row["name"] == "a lever" and row["pairs_per_s"] > 0 and "times_published" not in row
-    assert "later: CUDA out of memory." in capsys.readouterr().out
+    assert "later: CUBLAS_STATUS_ALLOC_FAILED" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="another kind"):
+        step_costs.within_memory(variant("broken", broken), broken)
     with pytest.raises(SystemExit, match="no step fits"):
         bench.look([variant("a", never)], frozen, {}, written.append)
 
