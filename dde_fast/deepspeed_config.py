@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,9 @@ def read_json(path: str) -> dict[str, Any]:
             raw = json.load(file, object_pairs_hook=_no_duplicates)
     except OSError as error:
         raise ValueError(
-            f"deepspeed_config: expected a readable JSON file, got {path!r} ({error.strerror})"
+            "deepspeed_config: expected a readable JSON file (ds.json and those of the presets, in "
+            f"configs/, are in the repository's folder), got {path!r} in {os.getcwd()!r} "
+            f"({error.strerror})"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"deepspeed_config: expected JSON, got {path!r}: {error}") from None

@@ -187,6 +187,14 @@ def test_a_json_that_is_none(tmp_path, content):
         read_engine_config(TrainConfig(deepspeed_config=str(path)), 1)
 
 
+def test_a_json_that_is_elsewhere(tmp_path, monkeypatch):
+    """A preset's path is one in the repository: the error says so, and where it was looked for."""
+    monkeypatch.chdir(tmp_path)
+    where = re.escape(f"got 'configs/zero1.json' in {str(tmp_path)!r} (No such file")
+    with pytest.raises(ValueError, match=f"are in the repository's folder.*{where}"):
+        read_engine_config(parse(["--preset", "sd15"]), 1)
+
+
 def test_precision(tmp_path):
     on = {"enabled": True}
     zero1 = {"zero_optimization": {"stage": 1}}
