@@ -53,6 +53,7 @@ from dde_fast.engine import Skips, StopSignal, launch_environment, start_process
 from dde_fast.flops import flops_per_pair
 from dde_fast.forward import PairForward
 from dde_fast.inputs import Inputs, read_inputs
+from dde_fast.levers import PUBLISHED
 from dde_fast.loader import Loader
 from dde_fast.metrics import Meter
 from dde_fast.shards import write_file
@@ -196,7 +197,7 @@ def make_variants(
     trainer = "" if alike else f"{c.attention} attention, "
     trainer += "" if e.dtype == torch.float32 else f"bf16 weights, ZeRO-{e.stage}, "
     variants = [
-        Variant("published structure", partial(published, encoding), encoding, **first, encoders=True),
+        Variant(PUBLISHED, partial(published, encoding), encoding, **first, encoders=True),
         Variant("pairs encoded before", partial(published, Encoded(loaders[0])), loaders[0], **first),
         Variant("no gradient checkpointing", partial(published, Encoded(loaders[1])), loaders[1], **old),
         Variant("fused noise and loss", partial(plain_step, loaders[2]), loaders[2], **old),

@@ -25,8 +25,6 @@ KEPT = (
     "gains the embedded model nothing. They are kept for GPUs, where they spare launches and the host's "
     "waits, and where alone `--compile` can be judged."
 )
-PUBLISHED = "published structure"
-"""The first row of a result."""
 AIMS = {
     "embedded": Aim("the embedded model", "1.35×", "1.8×"),
     "sd15-32": Aim("SD 1.5, latents 32×32", "1.35×", "1.8×"),
@@ -83,7 +81,7 @@ def overview(found: dict[str, list[StepResult]]) -> list[str]:
 def reached(result: dict, scored: bool) -> str:
     """By the last lever with the reference run, or with its scores read."""
     rows = [row for row in result["rows"] if (row["frozen_GiB"] == 0) == scored]
-    if not rows or rows[-1]["name"] == PUBLISHED:
+    if not rows or rows[-1]["name"] == levers.PUBLISHED:
         return ""
     return f"{levers.times_published(rows[-1])}×, {rows[-1]['pairs_per_s']:.3g} pairs/s"
 

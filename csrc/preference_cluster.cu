@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss_with_gradient
   const Forward f = forward_of(policy, reference, target, timesteps, weights, margins,
                                {link, beta, lose_weight, label_smoothing});
   const Tensor out = f.in_order(gradient);
-  void* data = gradient_of(out, f.policy, f.pairs, f.n);
+  void* data = out.data_ptr();
   if (!launch_pairs(f, data, device, stream)) {
     launch_forward(f, stream);
     f.wide ? launch_unit_gradient<double>(f, data, stream)

@@ -52,12 +52,17 @@ inline bool is_dense(const Tensor& x) {
   return filled == x.numel();
 }
 
+// whether rows are dense and lie one behind the other
+inline bool is_rows(const Tensor& x) {
+  return is_dense(x) && (x.size(0) == 1 || x.stride(0) * x.size(0) == x.numel());
+}
+
 // [rows, …], dense, one row behind the other; the order inside a row is the caller's business
 inline Rows rows_of(const Tensor& x, int64_t pairs, int64_t n, const char* name) {
   const int64_t rows = x.size(0);
   STD_TORCH_CHECK(rows == pairs || rows == 2 * pairs, name, ": expected ", pairs, " or ", 2 * pairs,
                   " rows, got ", rows);
-  STD_TORCH_CHECK(x.numel() == rows * n && (rows == 1 || x.stride(0) == n) && is_dense(x), name,
+  STD_TORCH_CHECK(x.numel() == rows * n && is_rows(x), name,
                   ": expected ", rows, " dense rows of ", n, " elements");
   return {x.data_ptr(), rows, dtype_of(x, name)};
 }
@@ -69,12 +74,11 @@ inline bool same_rows(const Tensor& x, const Tensor& y) {
   return same;
 }
 
-// whether rows are dense and lie one behind the other
-inline bool is_rows(const Tensor& x) {
-  return is_dense(x) && (x.size(0) == 1 || x.stride(0) * x.size(0) == x.numel());
+inline bool same_shape(const Tensor& x, const Tensor& y) {
+  return same_rows(x, y) && x.size(0) == y.size(0);
 }
 
-// whether both are such rows of one shape with their elements in one order
+// whether both are dense rows of one shape with their elements in one order
 inline bool same_order(const Tensor& x, const Tensor& y) {
   bool same = is_rows(x) && is_rows(y);
   for (int64_t i = 0; same && i < x.dim(); ++i) {
@@ -222,8 +226,7 @@ struct Forward {
   // A gradient to write in the order of policy: that one, or one to copy to it.
   Tensor in_order(const Tensor& gradient) const {
     const Tensor& like = *held[0];
-    STD_TORCH_CHECK(same_rows(gradient, like) && gradient.size(0) == like.size(0) &&
-                        gradient.scalar_type() == like.scalar_type(),
+    STD_TORCH_CHECK(same_shape(gradient, like) && gradient.scalar_type() == like.scalar_type(),
                     "gradient: expected one like policy");
     return same_order(gradient, like) ? gradient : torch::stable::empty_like(like);
   }
@@ -241,8 +244,7 @@ inline Forward forward_of(Tensor policy, OptionalTensor reference, Tensor target
   STD_TORCH_CHECK(policy.numel() > 0, "policy: expected elements");
   const bool prediction = reference && reference->dim() != 1;  // else errors [2B]
   STD_TORCH_CHECK(same_rows(policy, target), "target: expected rows of policy's shape");
-  STD_TORCH_CHECK(!prediction || (same_rows(policy, *reference) &&
-                                  policy.size(0) == reference->size(0)),
+  STD_TORCH_CHECK(!prediction || same_shape(policy, *reference),
                   "reference: expected the shape of policy");
   if (!same_order(policy, target) || (prediction && !same_order(policy, *reference))) {
     policy = packed(policy), target = packed(target);

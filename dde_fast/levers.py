@@ -36,6 +36,8 @@ READING = (
     "number of the device. –: not measured."
 )
 
+PUBLISHED = "published structure"
+"""The name of the row that others are compared with, the first."""
 NUMBERS = ("parameters", "pairs", "rounds", "matrix_TFLOPs")
 ROW = ("pairs_per_s", "share_of_arithmetic", "step_GiB", "frozen_GiB", "host_reads")
 OPTIONAL = ("state_GiB", "data_wait", "times_published")

@@ -44,6 +44,16 @@ def run(
     return done, (folder / "called").read_text() if (folder / "called").exists() else ""
 
 
+def changed(folder: Path, old: str, new: str) -> Path:
+    """A copy of the script that differs in one place, in a repository of its own."""
+    text = SCRIPT.read_text()
+    assert old in text
+    (folder / "benchmarks").mkdir()
+    path = folder / "benchmarks/changed.sh"
+    path.write_text(text.replace(old, new))
+    return path
+
+
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -101,21 +111,16 @@ def test_nothing_is_measured_without_the_compiled_kernels(tmp_path, broken):
 
 def test_what_is_cut_off_may_write_what_it_has(tmp_path):
     """By an interruption, also where it runs in a shell's background, which would ignore it."""
-    script = SCRIPT.read_text().replace('--kill-after=10 "$budget"', "--kill-after=10 2")
-    assert "10 2" in script
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/cut.sh").write_text("trap '' INT\n" + script)
-    done, _ = run(tmp_path, tmp_path / "benchmarks/cut.sh", PARTS="kernels", SLOW="bench_ddim.py")
+    script = changed(tmp_path, '--kill-after=10 "$budget"', "--kill-after=10 2")
+    script.write_text("trap '' INT\n" + script.read_text())
+    done, _ = run(tmp_path, script, PARTS="kernels", SLOW="bench_ddim.py")
     assert re.search(r"cut off after \d+ s: kernels-ddim", done.stdout), done.stderr
     with tarfile.open(tmp_path / "out/logs.tar.gz") as logs:
         assert logs.extractfile("logs/kernels-ddim.log").read() == b"interrupted\n"
 
 
 def test_a_test_that_hangs_is_said_and_leaves_its_log(tmp_path):
-    script = SCRIPT.read_text().replace("part tests 540", "part tests 22")
-    assert "tests 22" in script
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/cut.sh").write_text(script)
+    script = changed(tmp_path, "part tests 540", "part tests 22")
     (tmp_path / "tests").mkdir()
     for name in ("ops", "strides", "weights"):
         (tmp_path / f"tests/test_{name}.py").touch()
@@ -123,7 +128,7 @@ def test_a_test_that_hangs_is_said_and_leaves_its_log(tmp_path):
     earlier.parent.mkdir(parents=True)
     earlier.write_text("a line of a million characters: 1 failed in it")
     given = {"PARTS": "tests", "SLOW": "test_ops.py", "PYTHONPATH": str(ROOT)}
-    done, _ = run(tmp_path, tmp_path / "benchmarks/cut.sh", **given)
+    done, _ = run(tmp_path, script, **given)
     assert "failed (123): tests" in done.stdout, done.stdout + done.stderr
     assert "a million" not in done.stdout
     with tarfile.open(tmp_path / "out/logs.tar.gz") as logs:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import BACKENDS, DEVICE
 from steps import coefficients, inputs
-from test_ops import arguments
+from test_ops import arguments, losses_of
 
 from dde_fast import ops
 
@@ -41,9 +41,8 @@ def check(op, args, backend, changes=(strided,)):
 def test_loss(halves, backend):
     """Timesteps, reference errors, weights, margins; backward, logits and arriving gradients."""
     *args, _ = arguments(4, mode="errors", halves=halves)
-    check(ops.preference_loss, args, backend, (strided, expanded))
-    if backend in ops.WITH_GRADIENT:
-        check(ops.preference_loss_with_gradient, args, backend, (strided, expanded))
+    for op in losses_of(backend):
+        check(op, args, backend, (strided, expanded))
     loss, logits, error, *_ = ops.preference_loss(*args, backend)
     policy, _, target, timesteps, weights, _, *constants = args
     arriving = (torch.ones_like(loss), logits.sin(), error.cos())
