@@ -49,13 +49,14 @@ from dde_fast import embedded, models, prepare, train
 from dde_fast.attention import ATTENTION
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
-from dde_fast.engine import Skips, StopSignal, launch_environment, start_process
+from dde_fast.engine import StopSignal, launch_environment, start_process
 from dde_fast.flops import flops_per_pair
 from dde_fast.forward import PairForward
 from dde_fast.inputs import Inputs, read_inputs
 from dde_fast.levers import PUBLISHED
 from dde_fast.loader import Loader
 from dde_fast.metrics import Meter
+from dde_fast.optimizer_step import Skips
 from dde_fast.shards import write_file
 
 

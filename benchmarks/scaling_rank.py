@@ -24,9 +24,10 @@ from torch import Tensor
 from dde_fast import models, train
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import read_engine_config
-from dde_fast.engine import Skips, StopSignal, launch_environment, start_process
+from dde_fast.engine import StopSignal, launch_environment, start_process
 from dde_fast.inputs import read_inputs
 from dde_fast.metrics import Meter
+from dde_fast.optimizer_step import Skips
 
 PASSES = {"all_reduce": 2, "reduce": 1, "all_gather": 1, "reduce_scatter": 1}
 """How many times (n - 1)/n of a collective's bytes leave each of n ranks."""

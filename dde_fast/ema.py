@@ -22,7 +22,7 @@ STATE = "ema"
 
 def attach(engine, decay: float) -> None:
     """Average after each of the engine's optimizer steps from now on; a skipped step is none, also
-    where the optimizer alone knows of it, on the device (`engine.step_optimizer`)."""
+    where the optimizer alone knows of it, on the device (`optimizer_step.step_optimizer`)."""
 
     @torch.no_grad()
     def update(optimizer: torch.optim.Optimizer, *_) -> None:

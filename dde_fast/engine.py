@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from dde_fast import activations, ema
+from dde_fast import activations, ema, optimizer_step
 from dde_fast.checkpoint_files import Failures
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
@@ -125,13 +124,9 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
             raise
         raise ValueError(f"deepspeed_config: optimizer or scheduler: {error}") from error
     if e.stage == 0:
-        engine.clip_fp32_gradients = lambda: None  # `step_optimizer` clips by the norm it has
         # one rank's gradients are their mean already: DeepSpeed would copy them there and back
         engine.enable_backward_allreduce = dist.get_world_size() > 1
-    if _whole_gradient(engine) is not None:
-        _does_as_told(engine.basic_optimizer)
-        if e.stage > 0:
-            _leaves_it_to_the_inner_one(engine.optimizer)
+    optimizer_step.take_over(engine)
     if c.ema_decay:
         ema.attach(engine, c.ema_decay)
     return engine
@@ -148,103 +143,6 @@ def start_sharded_reference(e: EngineConfig, unet: torch.nn.Module):
     engine, *_ = deepspeed.initialize(model=unet, config=json)
     engine.eval()
     return engine
-
-
-def step_optimizer(engine) -> Tensor:
-    """Take the optimizer step, unless the averaged gradient is not finite: then no rank takes it,
-    and neither weights nor moments nor their step counts move.
-
-    Where every rank has the whole gradient (`_whole_gradient`) its norm stays on the device, and the
-    optimizer decides and clips there, if it can. Elsewhere ZeRO decides on the host.
-
-    Returns:
-        L2 norm of the averaged gradient before clipping; not finite where the step was skipped.
-    """
-    gradients = _whole_gradient(engine)
-    if gradients is not None:
-        # of ZeRO's few long buffers one by one, as DeepSpeed takes it
-        foreach = None if engine.zero_optimization_stage() == 0 else False
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
-        engine.basic_optimizer.found_inf = (~norm.isfinite()).float()
-        if limit := engine.gradient_clipping():
-            # what a fused optimizer divides the gradient by while it reads it anyway
-            engine.basic_optimizer.grad_scale = (norm / limit).clamp(min=1.0)
-        engine.step()
-        return norm
-    engine.step()
-    if not engine.was_step_applied() and engine.lr_scheduler is not None:
-        engine.lr_scheduler.step()  # the learning rate is that of the step's number
-    norm = engine.get_global_grad_norm()
-    return norm if isinstance(norm, Tensor) else torch.full((), norm, device=engine.device)
-
-
-def _whole_gradient(engine) -> list[Tensor] | None:
-    """The averaged gradient where every rank has all of it: without ZeRO, and with the optimizer
-    that DeepSpeed takes for bf16 at stage 1 with sums in float32, in whose buffers it is the same on
-    all ranks; None elsewhere."""
-    if engine.zero_optimization_stage() == 0:
-        gradients = (parameter.grad for parameter in engine.module.parameters())
-        return [gradient for gradient in gradients if gradient is not None]
-    optimizer = engine.optimizer
-    buffers = getattr(optimizer, "fp32_groups_actual_gradients_flat", None)
-    if not buffers or any(buffer.dtype != torch.float32 for buffer in buffers):
-        return None
-    # of a model in parallel parts a rank has its own; Muon's updates are made of the clipped gradient
-    divided = optimizer.mpu is not None or optimizer.has_moe_layers
-    return None if divided or optimizer._uses_muon else buffers
-
-
-def _leaves_it_to_the_inner_one(optimizer) -> None:
-    """Let DeepSpeed's bf16 optimizer (stage 1) take each step, and the one inside decide whether it
-    is one (`step_optimizer`): by itself it looks at each of a UNet's hundreds of gradients, and its
-    host waits for the norm three times."""
-    weights = optimizer.fp32_groups_flat_partition  # this rank's share, and of its gradient
-    gradients = optimizer.fp32_groups_gradient_flat_partition
-
-    @torch.no_grad()
-    def step() -> None:
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
-        optimizer.optimizer.step()
-        if optimizer.state:  # there is none yet where the first steps were skipped on the host
-            optimizer._lazy_init_hp_params_optimizer_state()
-        optimizer.update_lp_params()  # the engine then clears the gradients
-
-    optimizer.step = step
-
-
-def _does_as_told(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer obey `found_inf` and `grad_scale`: PyTorch's fused ones do, on the device; for
-    others the host waits for the flag."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        return
-    step = optimizer.step
-
-    def obedient(*args, **kwargs):
-        told = vars(optimizer)  # torch's plain Adam refuses to see them
-        skip, scale = told.pop("found_inf"), told.pop("grad_scale", None)
-        if skip:
-            return None
-        if scale is not None:
-            weights = (weight for group in optimizer.param_groups for weight in group["params"])
-            grads = [weight.grad for weight in weights if weight.grad is not None]
-            torch._foreach_div_(grads, scale)
-        return step(*args, **kwargs)
-
-    optimizer.step = obedient
-
-
-class Skips:
-    """Optimizer steps without an update, counted on the device."""
-
-    def __init__(self, device: torch.device, total: int = 0):
-        self.total = torch.full((), float(total), device=device)
-        self.in_a_row = torch.zeros((), device=device)
-
-    def add(self, skipped: Tensor) -> None:
-        """Count one optimizer step; `skipped` is a bool [] on the device."""
-        self.total += skipped
-        self.in_a_row = (self.in_a_row + 1) * skipped
 
 
 class StopSignal:

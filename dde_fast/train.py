@@ -35,7 +35,6 @@ from dde_fast.compilation import CompileTime, begin_micro_batch, eagerly, use_co
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, read_engine_config
 from dde_fast.engine import (
-    Skips,
     StopSignal,
     check_json,
     launch_environment,
@@ -44,7 +43,6 @@ from dde_fast.engine import (
     start_engine,
     start_process,
     start_sharded_reference,
-    step_optimizer,
 )
 from dde_fast.forward import PairForward
 from dde_fast.grids import Grids
@@ -53,6 +51,7 @@ from dde_fast.loader import Loader, PairStream
 from dde_fast.memory_order import use_memory_order
 from dde_fast.metrics import Meter, RunLog, winner_warning
 from dde_fast.online import FORWARDS, OnlineForward, reward_failure, trained_steps
+from dde_fast.optimizer_step import Skips, step_optimizer
 from dde_fast.prepare import Preparation
 from dde_fast.prompt_stream import Prompts, PromptStream
 from dde_fast.reference_scores import ReferenceScores
@@ -115,9 +114,9 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
     if device.type == "cuda":  # what encoding took is not training's
         torch.cuda.reset_peak_memory_stats()
 
-    # The loop: the host waits for the device where it logs or saves, and where ZeRO does: in every
-    # optimizer step, but in bf16 at stage 1 with sums in float32, and with stage 3, `overlap_comm`
-    # or offloading in micro-batches as well
+    # The loop: the host waits for the device where it logs or saves, and where DeepSpeed does: in
+    # every optimizer step in fp16, at stage 3, with offloading or an optimizer that is not fused, and
+    # with stage 3, `overlap_comm` or offloading in micro-batches as well
     while done < c.steps and not (stopped or diverged):
         learning_rate = forward.engine.get_lr()[0]
         stopped = not take_step(forward, e, batches, meter, skips, stop)

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from dde_fast import checkpoint, train
-from dde_fast.engine import _whole_gradient
 from dde_fast.forward import PairForward
 from dde_fast.judges import Colourfulness
 from dde_fast.loader import Loader
+from dde_fast.optimizer_step import averaged_gradient
 
 
 @contextlib.contextmanager
@@ -108,13 +108,29 @@ def gradients(kept: bool):
         weights = [weight for weight in engine.module.parameters() if weight.requires_grad]
         assert {weight.grad is not None for weight in weights} == {kept}
         groups = engine.optimizer.fp32_groups_gradients
-        assert len(_whole_gradient(engine)) == len(groups) < len(weights)
+        assert len(averaged_gradient(engine)[0]) == len(groups) < len(weights)
         tensors = [gradient.clone() for group in groups for gradient in group]
         norm = step(engine)
         expected = torch.nn.utils.get_total_norm(tensors)
         if norm.isfinite() or expected.isfinite():
             torch.testing.assert_close(norm, expected)
         assert not any(buffer.any() for buffer in engine.optimizer.fp32_groups_gradients_flat)
+        return norm
+
+    return instead(train, "step_optimizer", looking)
+
+
+def norms():
+    """No fault: the norm of what the ranks share out is compared with DeepSpeed's own of it."""
+    step = train.step_optimizer
+
+    def looking(engine):
+        theirs = type(engine.optimizer).scaled_global_norm(engine.optimizer)
+        norm = step(engine)
+        assert engine.optimizer.scaled_global_norm() == 1.0  # not asked for it any more
+        assert norm.isfinite() == theirs.isfinite()
+        if norm.isfinite():
+            torch.testing.assert_close(norm, theirs)
         return norm
 
     return instead(train, "step_optimizer", looking)
@@ -160,6 +176,7 @@ FAULTS = {
     "spoil": spoil,
     "full": full,
     "gradients": gradients,
+    "norms": norms,
     "interrupt": interrupt,
     "unplug": unplug,
 }

@@ -15,8 +15,8 @@ from dde_fast import train
 from dde_fast.compilation import check_compile, check_graphs, eagerly, use_compile
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import complete
-from dde_fast.engine import Skips
 from dde_fast.metrics import Meter
+from dde_fast.optimizer_step import Skips
 
 LORA = {"lora_rank": 2, "ema_decay": 0.5, "learning_rate": 1e-2}
 ONLINE = {"objective": "tailorpo-g", "reward": "colourfulness", "sampling_steps": 3, "beta": 20.0}

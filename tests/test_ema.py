@@ -68,7 +68,7 @@ def test_a_step_that_the_optimizer_skipped_is_none(fused):
     for step, skipped in enumerate([False, False, True, False, True, True, False]):
         engine.global_steps = step
         weight.grad = torch.full((3,), torch.nan if skipped else 1.0)
-        if fused:  # as engine.step_optimizer and engine._does_as_told do
+        if fused:  # as optimizer_step does
             optimizer.found_inf = torch.tensor(float(skipped))
         if fused or not skipped:
             with Syncs() as syncs:

@@ -19,12 +19,12 @@ from train_runs import BF16, HALF, STEPS, Folder, stage
 from dde_fast import models, train
 from dde_fast.cache import Cache
 from dde_fast.config import TrainConfig
-from dde_fast.engine import Skips
 from dde_fast.forward import PairForward
 from dde_fast.loader import Loader, PairStream
 from dde_fast.loss import PreferenceLoss
 from dde_fast.metrics import Meter
 from dde_fast.objectives import OBJECTIVES
+from dde_fast.optimizer_step import Skips
 from dde_fast.reference_scores import ReferenceScores
 
 META = torch.device("meta")
@@ -150,11 +150,13 @@ BF16_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "gradient_accumulation_
 @pytest.mark.parametrize(
     ("ds", "flags"),
     [(stage(0), {"objective": name}) for name in ("dde", "diffusion-dpo", "sft")]
-    + [(stage(1, **BF16, **HALF, **BF16_SUMS), {"ema_decay": 0.9})],
-    ids=["dde", "diffusion-dpo", "sft", "bf16 at stage 1"],
+    + [(stage(1, **BF16, **HALF, **BF16_SUMS), {"ema_decay": 0.9})]
+    + [(stage(number, **half), {}) for number in (1, 2) for half in ({}, BF16)],
+    ids=["dde", "diffusion-dpo", "sft", "bf16 sums at stage 1"]
+    + [f"{half} at stage {number}" for number in (1, 2) for half in ("fp32", "bf16")],
 )
 def test_on_a_gpu_the_trainers_steps_wait_for_nothing(tmp_path, ds, flags):
-    """Where ZeRO does not read the gradient's norm; logging is outside of the steps."""
+    """With stages 0 to 2; logging is outside of the steps."""
     folder = Folder(tmp_path)
     job = {"args": folder.args("run", ds=ds, beta=100.0, **flags)}
     folder.work([job | {"no_waiting": str(tmp_path / "steps.json")}], 1, "run", gpu=True)
