@@ -23,6 +23,7 @@ from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
@@ -33,13 +34,24 @@ GRAPHS = 64
 of Stable Diffusion 1.5 (four sizes, each with and without gradient), not for adapters or samplers."""
 
 
-def _whole(unet: UNet2DConditionModel, **options) -> None:
-    # not `unet.compile`, whose graph takes in DeepSpeed's hooks and their clocks
-    unet.forward = torch.compile(unet.forward, dynamic=False, **options)
+def _whole(module: torch.nn.Module, **options) -> None:
+    # not `module.compile`, whose graph takes in DeepSpeed's hooks and their clocks
+    module.forward = torch.compile(module.forward, dynamic=False, **options)
+
+
+def repeated_blocks(unet: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of a UNet, which are alike, as diffusers names them."""
+    names = unet._repeated_blocks
+    return [module for module in unet.modules() if type(module).__name__ in names]
+
+
+def _regional(unet: UNet2DConditionModel) -> None:
+    for block in repeated_blocks(unet):
+        _whole(block)
 
 
 COMPILE: dict[str, Callable[..., None]] = {
-    "regional": lambda unet: unet.compile_repeated_blocks(dynamic=False),
+    "regional": _regional,
     "whole": _whole,
     "graphs": partial(_whole, mode="reduce-overhead"),
 }
@@ -51,6 +63,30 @@ def use_compile(unet: UNet2DConditionModel, name: str) -> None:
     if name:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         COMPILE[name](unet)
+
+
+def needs_whole_weights(c: TrainConfig) -> bool:
+    """Whether what is compiled reaches over more than a block, and so over ZeRO-3's gathering."""
+    return c.compile not in ("", "regional")
+
+
+def gather_blocks_whole(unet: torch.nn.Module, name: str) -> None:
+    """Let ZeRO-3, which gathers weights module by module as they are called, gather all of a block at
+    once where blocks are compiled: then nothing is gathered inside. To be called before its engine is
+    made."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block in repeated_blocks(unet) if name == "regional" else ():
+        block.register_forward_pre_hook(_with_gradient)
+        set_z3_leaf_module(block, True)
+
+
+def _with_gradient(block: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # DeepSpeed takes the gradients of such a block's weights when that of its input is there: the
+    # first one's has none where adapters alone are trained
+    hidden, *more = args
+    wanted = torch.is_grad_enabled() and not hidden.requires_grad
+    return (hidden.detach().requires_grad_() if wanted else hidden, *more)
 
 
 def begin_micro_batch(c: TrainConfig) -> None:
@@ -97,17 +133,17 @@ def check_compile_settings(c: TrainConfig, stage: int) -> None:
         stage: of ZeRO.
 
     Raises:
-        ValueError: an unknown name, or weights that are shared out.
+        ValueError: an unknown name, or more than blocks of a UNet whose weights are shared out.
     """
     if not c.compile:
         return
     if c.compile not in COMPILE:
         raise ValueError(f"compile: expected none or one of {list(COMPILE)}, got {c.compile!r}")
-    if stage == 3 or c.shard_reference:
+    if (stage == 3 or c.shard_reference) and needs_whole_weights(c):
         why = "shard_reference" if c.shard_reference else "ZeRO stage 3"
         raise ValueError(
-            f"compile: expected whole weights on each rank, got {c.compile!r} with {why}, whose "
-            "hooks gather them layer by layer"
+            f"compile: expected regional or none with {why}, whose hooks gather weights block by "
+            f"block, got {c.compile!r}"
         )
 
 

@@ -141,7 +141,8 @@ class TrainConfig:
     compile: str = ""
     """Run both UNets through torch.compile: regional (their transformer blocks), whole, which may
     take minutes, told after the first step, or graphs: whole, replayed as CUDA graphs, refused
-    where gradients are kept between micro-batches; none by default. At ZeRO stages 0 to 2."""
+    where gradients are kept between micro-batches; none by default. Where ZeRO stage 3 or
+    `shard_reference` shares weights out, regional."""
     backend: str = "auto"
     """Of the loss and the noise: auto, reference, triton or cpp."""
     shuffle_block: int = 0

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dde_fast import activations, ema, optimizer_step
 from dde_fast.checkpoint_files import Failures
+from dde_fast.compilation import gather_blocks_whole
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig
 from dde_fast.optimizers import load_optimizer
@@ -106,6 +107,8 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
     import deepspeed
 
     activations.recompute(unet, activations.recomputed_blocks(c, activations.blocks_of(unet)))
+    if e.stage == 3:
+        gather_blocks_whole(unet, c.compile)
     unet.train()
     scheduler = functools.partial(
         torch.optim.lr_scheduler.LambdaLR,
@@ -132,7 +135,7 @@ def start_engine(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
     return engine
 
 
-def start_sharded_reference(e: EngineConfig, unet: torch.nn.Module):
+def start_sharded_reference(c: TrainConfig, e: EngineConfig, unet: torch.nn.Module):
     """DeepSpeed's engine around a frozen model: each rank holds its share of the weights."""
     import deepspeed
 
@@ -140,6 +143,7 @@ def start_sharded_reference(e: EngineConfig, unet: torch.nn.Module):
     json = {key: e.json[key] for key in kept if key in e.json}
     json |= {"zero_optimization": {"stage": 3}, "timers": e.json["timers"]}
     json["gradient_accumulation_steps"] = e.accumulation
+    gather_blocks_whole(unet, c.compile)
     engine, *_ = deepspeed.initialize(model=unet, config=json)
     engine.eval()
     return engine

@@ -4,9 +4,8 @@ Nothing is loaded: the UNet of the model's configuration is counted on the meta 
 (`dde_fast.activations`), everything else by formula (`dde_fast.memory`). Of what fits into a GPU's
 memory less `MARGIN` the planner takes, in this order,
 
-1. ZeRO stage 3, which gathers weights in every pass, only where no lower one fits, and never with
-   `compile`, which needs them whole; with CUDA graphs no stage that keeps gradients between
-   micro-batches;
+1. ZeRO stage 3, which gathers weights in every pass, only where no lower one fits, and never where
+   `compile` needs them whole; with CUDA graphs no stage that keeps gradients between micro-batches;
 2. a micro-batch of at least `ENOUGH` operations in one forward pass, else half of that, …;
 3. the blocks whose recomputation costs the fewest operations;
 4. the lowest ZeRO stage;
@@ -34,7 +33,12 @@ from dde_fast import activations, lora, models
 from dde_fast.activations import Activations, Option
 from dde_fast.attention import check_attention
 from dde_fast.cache import Cache, is_cache
-from dde_fast.compilation import check_compile_settings, check_graphs, keeps_gradients
+from dde_fast.compilation import (
+    check_compile_settings,
+    check_graphs,
+    keeps_gradients,
+    needs_whole_weights,
+)
 from dde_fast.config import TrainConfig
 from dde_fast.deepspeed_config import EngineConfig, complete, read_json, read_sizes
 from dde_fast.gpus import Gpus, find_gpus
@@ -275,7 +279,7 @@ def stages_of(c: TrainConfig, dtype: torch.dtype) -> list[range]:
             )
         return [range(1)]
     lower = range(1 if sixteen else 0, 3)
-    return [lower] if c.compile else [lower, range(3, 4)]
+    return [lower] if needs_whole_weights(c) else [lower, range(3, 4)]
 
 
 def with_choice(

@@ -296,7 +296,7 @@ def build(
         use_attention(reference, c.attention, e.dtype, device)
         use_compile(reference, c.compile)
         if c.shard_reference:
-            reference = start_sharded_reference(e, reference)
+            reference = start_sharded_reference(c, e, reference)
     return FORWARDS.get(c.objective, PairForward)(c, e, inputs, engine, reference, loss_fn)
 
 

@@ -21,6 +21,8 @@ from dde_fast.optimizer_step import Skips
 LORA = {"lora_rank": 2, "ema_decay": 0.5, "learning_rate": 1e-2}
 ONLINE = {"objective": "tailorpo-g", "reward": "colourfulness", "sampling_steps": 3, "beta": 20.0}
 ONLINE |= {"reward_target": 150.0, "reward_step": 2e-3}
+GATHERING = {"stage": 3, "stage3_param_persistence_threshold": 0}
+"""ZeRO-3 that lets go of small weights, too."""
 OFFLINE = ("pairs", "caption_dropout", "timestep_high")
 
 
@@ -68,6 +70,17 @@ def runs(tmp_path_factory) -> Folder:
         {"args": folder.args("watched", **regional, **watching(folder)), "steady": []},
     ]
     folder.printed = folder.work(jobs, 1, "compilation")
+
+    # weights shared out, by DeepSpeed, which then replaces torch's linear for the rest of a process
+    jobs = []
+    shared = {"compile": "regional", "steps": OBJECTIVE_STEPS}
+    three = {"zero_optimization": GATHERING, **HALF}
+    run("stage 3", "--gradient_checkpointing", **shared, ds=three)
+    run("shared", "--shard_reference", **shared, ds=stage(2, **HALF))
+    run("lora at stage 3", **shared | LORA, ds=three)
+    code = folder.args("code at stage 3", ds=three, **shared)
+    jobs.append({"args": code, "steady": [], "gathered": []})
+    folder.work(jobs, 2, "shared out")
     return folder
 
 
@@ -103,13 +116,22 @@ def test_compiling_is_told_once(runs):
     assert f"torch.compile took {seconds:.1f} s of the last step" in runs.printed
 
 
-@pytest.mark.parametrize("name", ["lora", "whole", "online"])
+@pytest.mark.parametrize(
+    "name", ["lora", "whole", "online", "stage 3", "shared", "lora at stage 3"]
+)
 def test_it_goes_with_everything_else(runs, name):
     losses = runs.losses(f"{name}_compiled")
     assert (losses - runs.losses(name)).abs().max() < 1e-5
     for kind in ("lora", "lora_ema") if name == "lora" else ():
         found, expected = (weights(runs, run, kind) for run in (f"{name}_compiled", name))
         assert distance(found, expected) < 5e-3
+
+
+def test_the_code_goes_with_weights_that_are_gathered(runs):
+    """What it keeps of them, `train_worker.gathered` looks at."""
+    losses = runs.losses("code at stage 3")
+    assert (losses - runs.losses("stage 3")).abs().max() < 1e-5
+    assert [r["step"] for r in runs.metrics("code at stage 3") if "compile_seconds" in r] == [1]
 
 
 def test_16_bits(runs):
@@ -127,9 +149,9 @@ def test_only_a_compiled_run_continues_one(runs, capfd):
     ("changes", "number", "expected"),
     [
         ({"compile": "all"}, 0, "compile: expected none or one of .*regional.*, got 'all'"),
-        ({"compile": "whole"}, 3, "compile: expected whole weights .* ZeRO stage 3"),
-        ({"compile": "regional", "shard_reference": True}, 1, "with shard_reference"),
-        ({"compile": "graphs"}, 3, "compile: expected whole weights .* ZeRO stage 3"),
+        ({"compile": "whole"}, 3, "compile: expected regional .* ZeRO stage 3, .* got 'whole'"),
+        ({"compile": "whole", "shard_reference": True}, 1, "regional or none with shard_reference"),
+        ({"compile": "graphs"}, 3, "compile: expected regional .* ZeRO stage 3, .* got 'graphs'"),
         ({"compile": "graphs"}, 2, "compile: expected regional or whole on cpu, .* a GPU"),
     ],
 )

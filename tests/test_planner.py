@@ -95,8 +95,8 @@ def test_zero_3_only_where_no_lower_stage_fits(sd15):
     assert plan(sd15, 6, 64, shard_reference=True).engine.stage == 2
 
 
-def test_what_is_compiled_is_never_shared_out(sd15):
-    """Where stage 3 would be chosen, there is no plan with --compile; elsewhere it is the same."""
+def test_what_is_compiled_whole_is_never_shared_out(sd15):
+    """Where stage 3 would be chosen, there is no plan with --compile whole; elsewhere it is the same."""
 
     def stage(gib: float, **changes) -> int | None:
         try:
@@ -109,7 +109,8 @@ def test_what_is_compiled_is_never_shared_out(sd15):
     usual = [stage(gib) for gib in sizes]
     assert {None, 2, 3} <= set(usual)
     expected = [None if number == 3 else number for number in usual]
-    assert [stage(gib, compile="regional") for gib in sizes] == expected
+    assert [stage(gib, compile="whole") for gib in sizes] == expected
+    assert [stage(gib, compile="regional") for gib in sizes] == usual
 
 
 def test_with_cuda_graphs_no_stage_keeps_gradients_between_micro_batches(sd15):
@@ -290,7 +291,7 @@ BAD = {
     ),
     "compiled, shared": (
         ["--compile", "whole", "--shard_reference"],
-        "compile: expected whole weights on each rank, got 'whole' with shard_reference",
+        "compile: expected regional or none with shard_reference",
     ),
     "blocks": (
         ["--checkpoint_blocks", "mid_block"],
