@@ -52,25 +52,28 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any], what: str) -> None:
+def check_settings(
+    folder: Path, settings: Mapping[str, Any], what: str, name: str = SETTINGS
+) -> None:
     """Refuse a folder that holds something else than what these settings make.
 
     Args:
         folder: need not be there.
         settings: JSON-able.
         what: is made there: "a cache", …
+        name: of the file that holds them.
 
     Raises:
         ValueError: it is no folder, holds other files, or was begun with other settings.
     """
-    path = folder / SETTINGS
+    path = folder / name
     if not path.is_file():
         others = folder.is_dir() and any(
             not file.name.endswith(PARTIAL) for file in folder.iterdir()
         )
         # another process may have begun since: then its settings are there by now
         if others and path.is_file():
-            return check_settings(folder, settings, what)
+            return check_settings(folder, settings, what, name)
         if others or (folder.exists() and not folder.is_dir()):
             raise ValueError(
                 f"output: expected a new or empty directory, or {what} to continue, got "
@@ -85,18 +88,18 @@ def check_settings(folder: Path, settings: Mapping[str, Any], what: str) -> None
             f"output: expected JSON in {str(path)!r}, got a damaged file ({error})"
         ) from None
     if differing:
-        name = differing[0]
+        key = differing[0]
         raise ValueError(
-            f"output: {str(folder)!r} holds {what} of other settings: expected {name} "
-            f"{theirs.get(name)!r} as there, got {settings[name]!r}; choose another output"
+            f"output: {str(folder)!r} holds {what} of other settings: expected {key} "
+            f"{theirs.get(key)!r} as there, got {settings[key]!r}; choose another output"
         )
 
 
-def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def write_settings(folder: Path, settings: Mapping[str, Any], name: str = SETTINGS) -> None:
     """Begin a folder, unless it was begun."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / SETTINGS).is_file():
-        write_file(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+    if not (folder / name).is_file():
+        write_file(folder / name, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def shard_names(kind: str, rows: int, shard_size: int) -> list[str]:

@@ -37,6 +37,9 @@ from dde_fast.parquet_pairs import IMAGES, UIDS, PickAPic, as_bytes
 from dde_fast.records import check_caption
 from dde_fast.shards import publish, sweep
 
+LABELS = "labels.json"
+"""What they are made from, of a name of its own: a folder with a cache's settings is one."""
+
 ROWS = 64
 """Read, scored and written at a time."""
 
@@ -75,12 +78,12 @@ def relabel(
     source = open_source(path, split)
     identities = [scorer.identity() for scorer in scorers.values()]
     settings = {"source": source.fingerprint(), "rewards": identities}
-    check_settings(output, settings, "relabelled pairs")
+    check_settings(output, settings, "relabelled pairs", LABELS)
     parts, rejected = parts_of(source)
     if not parts:
         why = f": {in_words(count_reasons(rejected))}" * bool(rejected)
         raise ValueError(f"relabel: expected at least one pair, got none in {pairs!r}{why}")
-    write_settings(output, settings)
+    write_settings(output, settings, LABELS)
     if rejected:
         write_rejected(output, map(asdict, rejected))
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

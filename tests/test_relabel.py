@@ -11,7 +11,9 @@ import tiny
 import torch
 from PIL import Image
 
-from dde_fast import evaluate, images, relabel, rewards, shards
+from dde_fast import evaluate, images, inputs, relabel, rewards, shards
+from dde_fast.config import TrainConfig
+from dde_fast.prepare import Preparation
 from dde_fast.pairs import Pair, open_source
 
 CPU = torch.device("cpu")
@@ -226,6 +228,17 @@ def test_wrong_input_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="rewards: expected finite scores of colourfulness"):
         label(pairs, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.par*"))
+
+
+def test_what_was_relabelled_is_trained_on(tmp_path):
+    label(write(tmp_path / "train.parquet", rows()), tmp_path / "out")
+    decided = [
+        row for row in result(tmp_path / "out") if {row["label_0"], row["label_1"]} == {0, 1}
+    ]
+    c = TrainConfig(pairs=str(tmp_path / "out"), output=str(tmp_path / "run"))
+    data = inputs.open_pairs(c, c.pairs, "train", 0)
+    assert isinstance(data, Preparation) and len(decided) == 9
+    assert str(data).startswith("9 pairs of ")
 
 
 def test_the_command(tmp_path, capsys):
