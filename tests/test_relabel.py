@@ -13,8 +13,8 @@ from PIL import Image
 
 from dde_fast import evaluate, images, inputs, relabel, rewards, shards
 from dde_fast.config import TrainConfig
-from dde_fast.prepare import Preparation
 from dde_fast.pairs import Pair, open_source
+from dde_fast.prepare import Preparation
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
