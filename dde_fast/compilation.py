@@ -40,9 +40,18 @@ def _whole(module: torch.nn.Module, **options) -> None:
 
 
 def repeated_blocks(unet: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer blocks of a UNet, which are alike, as diffusers names them."""
+    """The transformer blocks of a UNet, which are alike, as diffusers names them.
+
+    Raises:
+        ValueError: it has none.
+    """
     names = unet._repeated_blocks
-    return [module for module in unet.modules() if type(module).__name__ in names]
+    blocks = [module for module in unet.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(
+            f"compile: expected whole or none for a UNet without a {' or '.join(names)}, got 'regional'"
+        )
+    return blocks
 
 
 def _regional(unet: UNet2DConditionModel) -> None:

@@ -3,7 +3,7 @@
 By itself DeepSpeed's ZeRO takes the norm of each of a UNet's hundreds of gradients and waits on the
 host to hear whether it is finite. Here the norm is taken of what a rank has in as few tensors as there
 are, stays on the device, and is told to the optimizer inside, which skips and clips there. That one
-must be able to: PyTorch's fused optimizers are.
+must be able to: PyTorch's fused Adam and AdamW are.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def averaged_gradient(engine) -> tuple[list[Tensor], dist.ProcessGroup | None] |
     have the rest of it: None where each has all.
 
     It is found without ZeRO, at stages 1 and 2 with an optimizer that can be told, and in bf16 at
-    stage 1 with sums in float32; elsewhere (fp16, stage 3, offloading) the whole is None.
+    stage 1 with sums in float32; elsewhere (another optimizer, fp16, stage 3, offloading) the whole
+    is None.
     """
     if engine.zero_optimization_stage() == 0:
         gradients = (parameter.grad for parameter in engine.module.parameters())
@@ -104,8 +105,10 @@ def _shares_out_sums(engine) -> bool:
     averaged gradient in the device's memory, around one that can be told, with nothing to unscale."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    optimizer = engine.optimizer
-    if type(optimizer) is not DeepSpeedZeroOptimizer or not _can_be_told(engine.basic_optimizer):
+    optimizer, inner = engine.optimizer, engine.basic_optimizer
+    if type(optimizer) is not DeepSpeedZeroOptimizer or not _can_be_told(inner):
+        return False
+    if optimizer.optimizer is not inner:  # it has replaced it by one of its own
         return False
     unscaled = optimizer.dtype != torch.float16 and optimizer.torch_autocast_gradscaler is None
     divided = optimizer.mpu is not None or optimizer.has_moe_layers
@@ -113,8 +116,10 @@ def _shares_out_sums(engine) -> bool:
 
 
 def _can_be_told(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it obeys `found_inf` and `grad_scale` on the device, as PyTorch's fused ones do."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+    """Whether it obeys `found_inf` and `grad_scale` on the device: PyTorch's fused Adam and AdamW. So
+    does its fused SGD, but whose first step was none takes what lay in memory for its momentum."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return fused and isinstance(optimizer, torch.optim.Adam)
 
 
 def _leaves_it_to_the_inner_one(optimizer) -> None:

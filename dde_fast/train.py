@@ -115,7 +115,7 @@ def train(c: TrainConfig, e: EngineConfig, inputs: Inputs) -> None:
         torch.cuda.reset_peak_memory_stats()
 
     # The loop: the host waits for the device where it logs or saves, and where DeepSpeed does: in
-    # every optimizer step in fp16, at stage 3, with offloading or an optimizer that is not fused, and
+    # every optimizer step in fp16, at stage 3, with offloading or another optimizer than AdamW, and
     # with stage 3, `overlap_comm` or offloading in micro-batches as well
     while done < c.steps and not (stopped or diverged):
         learning_rate = forward.engine.get_lr()[0]

@@ -119,7 +119,7 @@ def pair(folder, alone) -> Online:
 
 
 def same_trajectory(folder: Folder, a: str, b: str) -> None:
-    """Up to rounding."""
+    """Up to rounding, which samples of the policy and beta magnify."""
     assert len(folder.losses(a)) == len(folder.losses(b)) == STEPS
     assert (folder.losses(a) - folder.losses(b)).abs().max() < 2e-5
     for x, y in zip(folder.metrics(a), folder.metrics(b), strict=True):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,10 @@ SHARED_OUT = {
 """Runs whose averaged gradient each rank has a share of; of the last one in one buffer."""
 
 
+OTHERS = {"Adagrad": {}, "SGD": {"momentum": 0.9}}
+"""Fused ones that are not told: DeepSpeed makes the first anew, the second is not able to."""
+
+
 def micro_batches(name: str) -> int:
     return SHARED_OUT[name].get("gradient_accumulation_steps", 1)
 
@@ -38,9 +43,18 @@ def engine_of(module: torch.nn.Module, optimizer: torch.optim.Optimizer, clippin
     )
 
 
+OPTIMIZERS = {
+    "SGD": partial(torch.optim.SGD, lr=1.0, momentum=0.9),
+    "fused SGD": partial(torch.optim.SGD, lr=1.0, momentum=0.9, fused=True),
+    # whose steps grow with the gradient
+    "Adam": partial(torch.optim.Adam, lr=1.0, eps=1.0),
+    "fused AdamW": partial(torch.optim.AdamW, lr=1.0, eps=1.0, fused=True),
+}
+
+
 @pytest.mark.parametrize("clipping", [0.0, 0.5, 100.0])
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_step_clips_by_the_norm_of_the_whole_gradient(fused, clipping):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_clips_by_the_norm_of_the_whole_gradient(name, clipping):
     torch.manual_seed(0)
     module = torch.nn.Linear(5, 3)
     for value in module.parameters():
@@ -49,29 +63,40 @@ def test_a_step_clips_by_the_norm_of_the_whole_gradient(fused, clipping):
     for value, other in zip(module.parameters(), expected.parameters(), strict=True):
         other.grad = value.grad.clone()
     total = torch.nn.utils.clip_grad_norm_(expected.parameters(), clipping or 1e9)
-    torch.optim.SGD(expected.parameters(), lr=1.0).step()
+    OPTIMIZERS[name](expected.parameters()).step()
 
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=fused)
+    optimizer = OPTIMIZERS[name](module.parameters())
     norm = optimizer_step.step_optimizer(engine_of(module, optimizer, clipping))
     torch.testing.assert_close(norm, total)
     for value, other in zip(module.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(value, other)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_gradient_that_is_not_finite_is_no_step(fused):
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_not_finite_is_no_step(name, first):
+    """Nor does the next one know of it: it may have been the very first."""
     module = torch.nn.Linear(5, 3)
+    twin = copy.deepcopy(module)
+    steps = [engine_of(m, OPTIMIZERS[name](m.parameters()), 0.5) for m in (module, twin)]
+
+    def step(engine, spoiled: bool) -> bool:
+        for value in engine.module.parameters():
+            value.grad = torch.ones_like(value)
+        if spoiled:
+            engine.module.bias.grad[1] = torch.inf
+        return bool(optimizer_step.step_optimizer(engine).isfinite())
+
+    if not first:
+        assert all(step(engine, False) for engine in steps)
     before = copy.deepcopy(module.state_dict())
-    for value in module.parameters():
-        value.grad = torch.ones_like(value)
-    module.bias.grad[1] = torch.inf
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, fused=fused)
-    one = engine_of(module, optimizer, 0.5)
-    assert not optimizer_step.step_optimizer(one).isfinite()
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    module.bias.grad[1] = 1.0  # and the next one is
-    assert optimizer_step.step_optimizer(one).isfinite()
-    assert not any(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not step(steps[0], True)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    for _ in range(2):
+        assert all(step(engine, False) for engine in steps)
+    after, expected = module.state_dict(), twin.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in after.items())
+    assert not any(torch.equal(value, before[key]) for key, value in after.items())
 
 
 def test_states_are_linked_once_there_are_any():
@@ -110,6 +135,11 @@ def runs(request, tmp_path_factory) -> Folder:
     for name, more in (("theirs", PLAIN_ADAM), ("ours", {})):
         ds = SHARED_OUT["fp32-2"] | more | {"gradient_clipping": 1e-3}
         jobs.append({"args": folder.args(name, ds=ds, steps=5), "poison": [0, 2, 2]})
+    for name, params in OTHERS.items():
+        optimizer = {"type": name, "params": params | {"lr": 1e-3, "fused": True}}
+        ds = SHARED_OUT["fp32-2"] | {"optimizer": optimizer, "zero_allow_untested_optimizer": True}
+        args = folder.args(name, ds=ds, steps=3)
+        jobs.append({"args": args, "poison": [0, 0, 0]})
     folder.ranks = request.param
     folder.work(jobs, request.param, "steps")
     return folder
@@ -139,3 +169,11 @@ def test_it_is_the_step_that_deepspeed_decides_on_the_host(runs):
     ours, theirs = ([r["grad_norm"] for r in runs.metrics(name)] for name in ("ours", "theirs"))
     assert ours.count(None) == theirs.count(None) == 1
     assert [x for x in ours if x] == pytest.approx([x for x in theirs if x], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_where_another_optimizer_cannot_be_told_deepspeed_decides(runs, name):
+    records = runs.metrics(name)
+    assert [record["skipped_steps"] for record in records] == [1, 1, 1]
+    assert [record["grad_norm"] is None for record in records] == [True, False, False]
+    assert all(value.isfinite().all() for value in runs.unet(name).values())
