@@ -18,14 +18,14 @@ def take_over(engine) -> None:
     to be called once, before the first."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
-        engine.clip_fp32_gradients = lambda: None
+        engine.clip_fp32_gradients = lambda: None  # the norm is known by then
         _does_as_told(engine.basic_optimizer)
     elif _sums_of_all(engine) is not None:
         _does_as_told(engine.basic_optimizer)
         _leaves_it_to_the_inner_one(optimizer)
     elif _shares_out_sums(engine):
         optimizer.check_grad_overflow = False
-        optimizer.scaled_global_norm = lambda: 1.0
+        optimizer.scaled_global_norm = lambda: 1.0  # no tensor, so nobody waits for one
         optimizer.unscale_and_clip_grads = lambda *_: None
 
 
@@ -70,9 +70,8 @@ def averaged_gradient(engine) -> tuple[list[Tensor], dist.ProcessGroup | None] |
         return sums, None
     if not _shares_out_sums(engine):
         return None
-    shares = (
-        engine.optimizer.averaged_gradients.values()
-    )  # of each group: tensors, maybe of one buffer
+    # of each group tensors, which may lie in one buffer
+    shares = engine.optimizer.averaged_gradients.values()
     flat = [getattr(share, "flat_partition", None) for share in shares]
     parts = [share if one is None else [one] for share, one in zip(shares, flat, strict=True)]
     return sum(parts, []), engine.optimizer.dp_process_group
