@@ -21,7 +21,7 @@ class Aim:
 
 
 KEPT = (
-    "On a CPU fused noise and loss gain no time, only fewer host reads and less memory, and `--compile` "
+    "On a CPU fused noise and loss gain little time, fewer host reads and some memory, and `--compile` "
     "gains the embedded model nothing. They are kept for GPUs, where they spare launches and the host's "
     "waits, and where alone `--compile` can be judged."
 )
