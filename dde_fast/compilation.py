@@ -83,9 +83,11 @@ def gather_blocks_whole(unet: torch.nn.Module, name: str) -> None:
     """Let ZeRO-3, which gathers weights module by module as they are called, gather all of a block at
     once where blocks are compiled: then nothing is gathered inside. To be called before its engine is
     made."""
+    if name != "regional":
+        return
     from deepspeed.utils import set_z3_leaf_module
 
-    for block in repeated_blocks(unet) if name == "regional" else ():
+    for block in repeated_blocks(unet):
         block.register_forward_pre_hook(_with_gradient)
         set_z3_leaf_module(block, True)
 

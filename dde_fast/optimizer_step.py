@@ -70,11 +70,11 @@ def averaged_gradient(engine) -> tuple[list[Tensor], dist.ProcessGroup | None] |
         return sums, None
     if not _shares_out_sums(engine):
         return None
-    # of each group tensors, which may lie in one buffer
-    shares = engine.optimizer.averaged_gradients.values()
-    flat = [getattr(share, "flat_partition", None) for share in shares]
-    parts = [share if one is None else [one] for share, one in zip(shares, flat, strict=True)]
-    return sum(parts, []), engine.optimizer.dp_process_group
+    parts = []
+    for share in engine.optimizer.averaged_gradients.values():  # of each group: tensors
+        buffer = getattr(share, "flat_partition", None)  # in which they may lie
+        parts += share if buffer is None else [buffer]
+    return parts, engine.optimizer.dp_process_group
 
 
 def _norm(parts: list[Tensor], ranks: dist.ProcessGroup | None) -> Tensor:
@@ -94,9 +94,13 @@ def _sums_of_all(engine) -> list[Tensor] | None:
     buffers = getattr(optimizer, "fp32_groups_actual_gradients_flat", None)
     if not buffers or any(buffer.dtype != torch.float32 for buffer in buffers):
         return None
-    # of a model in parallel parts a rank has its own; Muon's updates are made of the clipped gradient
-    divided = optimizer.mpu is not None or optimizer.has_moe_layers
-    return None if divided or optimizer._uses_muon else buffers
+    # Muon's updates are made of the clipped gradient
+    return None if _is_in_parts(optimizer) or optimizer._uses_muon else buffers
+
+
+def _is_in_parts(optimizer) -> bool:
+    """Whether the model is divided among ranks, so that each has gradients of its own."""
+    return optimizer.mpu is not None or optimizer.has_moe_layers
 
 
 def _shares_out_sums(engine) -> bool:
@@ -110,8 +114,7 @@ def _shares_out_sums(engine) -> bool:
     if optimizer.optimizer is not inner:  # it has replaced it by one of its own
         return False
     unscaled = optimizer.dtype != torch.float16 and optimizer.torch_autocast_gradscaler is None
-    divided = optimizer.mpu is not None or optimizer.has_moe_layers
-    return unscaled and not divided and not optimizer.cpu_offload
+    return unscaled and not _is_in_parts(optimizer) and not optimizer.cpu_offload
 
 
 def _can_be_told(optimizer: torch.optim.Optimizer) -> bool:

@@ -9,7 +9,6 @@ file belongs to one of them and is whole or not there, so the same command goes 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from dde_fast import models, schedule
 from dde_fast.cache import Cache
 from dde_fast.loader import Batch, InOrder, Loader
 from dde_fast.loss import PreferenceLoss
-from dde_fast.manifest import DTYPES, fingerprint_of
+from dde_fast.manifest import DTYPES, fingerprint_of, write_settings
 from dde_fast.noising import Noising
 from dde_fast.objectives import get_objective, timestep_probabilities
 from dde_fast.reference_scores import SETTINGS, files_of, folder_of, settings_of
-from dde_fast.shards import open_shard, write_file, write_shard
+from dde_fast.shards import open_shard, write_shard
 
 
 @dataclass
@@ -112,9 +111,7 @@ def run(c: ScoreConfig, device: torch.device, part: int = 0, parts: int = 1) -> 
         dtype=dtype,
     )
     folder = Path(c.output) / folder_of(settings)
-    folder.mkdir(exist_ok=True)
-    if not (folder / SETTINGS).is_file():
-        write_file(folder / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+    write_settings(folder, settings, SETTINGS)
     names = {
         name: (draw, rows)
         for draw in range(c.reference_scores)

@@ -38,7 +38,7 @@ from dde_fast.records import check_caption
 from dde_fast.shards import publish, sweep
 
 LABELS = "labels.json"
-"""What they are made from, of a name of its own: a folder with a cache's settings is one."""
+"""What a folder is made from and by; not named as a cache's settings, by which caches are told."""
 
 ROWS = 64
 """Read, scored and written at a time."""

@@ -275,8 +275,12 @@ def channels_last():
         yield
 
 
-FAULTS = FAULTS | {"backend": backend, "steady": steady, "gathered": gathered}
-FAULTS = FAULTS | {"channels_last": channels_last}
+FAULTS = FAULTS | {
+    "backend": backend,
+    "steady": steady,
+    "gathered": gathered,
+    "channels_last": channels_last,
+}
 
 
 def tear(path: Path) -> None:
